@@ -1,0 +1,452 @@
+"""What the methods share: encoder, context modules, losses, metrics, cost, build_model.
+
+Nothing here belongs to one paper. A reader of `nrd.py` needs that file and this one.
+
+    Encoder(images)   -> {"stem", "res2", "res3", "res4", "res5"}
+    ASPP(res5)        -> context features at the encoder's output stride
+    segmentation_loss -> scalar, and its terms for the log
+    ConfusionMatrix   -> mIoU and what goes with it
+    count_cost        -> parameters and GMACs of encoder / context / decoder
+    build_model("nrd:bilinear", 19, backbone="resnet50c")
+
+Dimension key: B batch, C channels, K classes, H, W image height and width in pixels,
+h, w the size of a feature map.
+"""
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import inspect
+import math
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+IGNORE_INDEX = 255  # the only "no label" value in the whole library (uint8 masks)
+
+
+class UserError(Exception):
+    """A mistake in what was asked for, or in the data: one sentence, exit code 2."""
+
+
+# --- Building blocks -----------------------------------------------------------------
+
+
+def conv_bn_relu(in_channels: int, out_channels: int, kernel: int = 3, *, stride=1,
+                 dilation=1, groups=1, relu=True) -> nn.Sequential:
+    """Convolution without bias, batch norm, ReLU; an odd kernel keeps ceil(size/stride)."""
+    layers = [
+        nn.Conv2d(in_channels, out_channels, kernel, stride=stride, dilation=dilation,
+                  padding=dilation * (kernel // 2), groups=groups, bias=False),
+        nn.BatchNorm2d(out_channels),
+    ]
+    return nn.Sequential(*layers, nn.ReLU(inplace=True)) if relu else nn.Sequential(*layers)
+
+
+def separable_conv(in_channels: int, out_channels: int, *, dilation=1) -> nn.Sequential:
+    """Depthwise 3x3 then pointwise 1x1, each with batch norm and ReLU (DeepLabv3+)."""
+    depthwise = conv_bn_relu(in_channels, in_channels, 3, dilation=dilation,
+                             groups=in_channels)
+    return nn.Sequential(*depthwise, *conv_bn_relu(in_channels, out_channels, 1))
+
+
+def upsample(x: Tensor, factor: int, size: tuple[int, int]) -> Tensor:
+    """Bilinear upsampling by a whole `factor`, then a cut to `size` = (H, W).
+
+    A stride-s map of an image has ceil(H/s) rows, so it covers up to s-1 pixels more
+    than the image. Those are cut off. Squeezing the map into `size` instead would
+    shift the last rows by as many pixels against the encoder's grid.
+    """
+    if factor > 1:
+        x = F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
+    return x[..., : size[0], : size[1]]
+
+
+def full_precision(x: Tensor):
+    """A block in which autocast leaves float32 alone on the device of `x`."""
+    device = x.device.type  # the meta device, used for counting, knows no autocast
+    known = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if known else nullcontext()
+
+
+# --- Encoder -------------------------------------------------------------------------
+
+STEMS = {"": None, "c": (32, 32, 64), "s": (64, 64, 128)}
+BACKBONES = tuple(f"resnet{n}{s}" for n in (18, 50, 101) for s in STEMS)
+BACKBONES += ("resnext101_64x4d",)
+
+
+def split_backbone(backbone: str) -> tuple[str, tuple[int, ...] | None]:
+    """'resnet50c' -> torchvision's name 'resnet50' and the widths of its deep stem."""
+    if backbone not in BACKBONES:
+        raise UserError(f"unknown backbone {backbone!r}; known: {', '.join(BACKBONES)}")
+    suffix = backbone[-1] if backbone[-1] in "cs" else ""
+    return backbone.removesuffix(suffix), STEMS[suffix]
+
+
+def replace_stem(net: nn.Module, widths: tuple[int, ...]) -> None:
+    """Three 3x3 convolutions in the place of torchvision's 7x7, the first with stride 2.
+
+    Submodule names (conv1.0, conv1.1, ...) are those of the common weight files.
+    """
+    a, b, c = widths
+    net.conv1 = nn.Sequential(*conv_bn_relu(3, a, stride=2), *conv_bn_relu(a, b),
+                              nn.Conv2d(b, c, 3, padding=1, bias=False))
+    net.bn1 = nn.BatchNorm2d(c)
+    if c != 64:  # a wider stem needs a first stage that accepts it
+        net.inplanes = c
+        net.layer1 = net._make_layer(type(net.layer1[0]), 64, len(net.layer1))
+
+
+def dilate_stage(stage: nn.Sequential, dilation: int) -> None:
+    """Trade a stage's stride 2 for `dilation`, so that its output keeps its resolution.
+
+    The first 3x3 still sees the old grid and gets half the dilation, as torchvision
+    and mmsegmentation (contract_dilation) do. torchvision's own switch refuses the
+    BasicBlocks of ResNet-18, hence these lines.
+    """
+    first = True
+    for conv in stage.modules():
+        if not isinstance(conv, nn.Conv2d):
+            continue
+        conv.stride = (1, 1)
+        if conv.kernel_size == (3, 3):
+            d = dilation // 2 if first else dilation
+            conv.dilation = conv.padding = (d, d)
+            first = False
+
+
+def imagenet_weights(backbone: str) -> dict[str, Tensor]:
+    """torchvision's ImageNet weights; offline, or for a deep stem, says what to do."""
+    name, stem = split_backbone(backbone)
+    if stem:
+        raise UserError(
+            f"torchvision has no ImageNet weights for the deep stem of {backbone}: use "
+            f"--backbone {name}, or --weights PATH with a file for {backbone}, or none")
+    weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
+    try:
+        return weights.get_state_dict(progress=True, check_hash=True)
+    except OSError as error:  # URLError is an OSError
+        folder = Path(torch.hub.get_dir()) / "checkpoints"
+        raise UserError(
+            f"cannot download ImageNet weights ({error}): fetch {weights.url} elsewhere, "
+            f"put it into {folder} and run again, or pass --weights none") from None
+
+
+def load_weights(net: nn.Module, backbone: str, weights: str) -> str:
+    """Fill `net` from 'imagenet', 'none' or a file; returns a line for the log."""
+    if weights == "none":
+        return "random initialisation"
+    if weights == "imagenet":
+        state = imagenet_weights(backbone)
+    elif Path(weights).is_file():
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state.get("model", state))
+    else:
+        raise UserError(f"--weights {weights}: no such file; give imagenet, none or a file")
+    for prefix in ("module.", "backbone.", "encoder."):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    own = {k: v for k, v in net.state_dict().items() if not k.startswith("fc.")}
+    good = {k: state[k] for k, v in own.items() if k in state and state[k].shape == v.shape}
+    missing = [k for k in own if k not in good and not k.endswith("num_batches_tracked")]
+    if len(missing) > 0.1 * len(own):
+        raise UserError(
+            f"--weights {weights}: only {len(good)} of {len(own)} tensors fit {backbone}; "
+            f"first without a match: {', '.join(missing[:3])}; is it for another backbone?")
+    net.load_state_dict(good, strict=False)
+    return f"{len(good)}/{len(own)} tensors from {weights}; missing: {missing or 'none'}"
+
+
+class Encoder(nn.Module):
+    """A torchvision ResNet as five named stages.
+
+    images (B, 3, H, W) -> {"stem": (B, C0, H/2, W/2), "res2": .. H/4, "res3": .. H/8,
+    "res4": .. H/16, "res5": .. H/32}; every size is rounded up. `output_stride` 16 or
+    8 dilates the last one or two stages and stops the shrinking there.
+
+    `channels[name]` gives each stage's width. The suffix of the name chooses the stem:
+    'resnet50' torchvision's 7x7 (it has ImageNet weights), 'resnet50c' three 3x3
+    (32, 32, 64), 'resnet50s' three 3x3 (64, 64, 128).
+    """
+
+    def __init__(self, backbone: str = "resnet50", *, weights="none", output_stride=32):
+        super().__init__()
+        name, stem = split_backbone(backbone)
+        if output_stride not in (8, 16, 32):
+            raise UserError(f"output_stride {output_stride!r}: must be 32, 16 or 8")
+        net = torchvision.models.get_model(name, weights=None)
+        if stem:
+            replace_stem(net, stem)
+        self.loaded = load_weights(net, backbone, weights)
+        if output_stride == 16:
+            dilate_stage(net.layer4, 2)
+        if output_stride == 8:
+            dilate_stage(net.layer3, 2)
+            dilate_stage(net.layer4, 4)
+        self.stem = nn.Sequential(net.conv1, net.bn1, net.relu)
+        self.maxpool = net.maxpool
+        self.res2, self.res3, self.res4, self.res5 = (
+            net.layer1, net.layer2, net.layer3, net.layer4)
+        width = [c.num_features for c in net.layer4[-1].modules()
+                 if isinstance(c, nn.BatchNorm2d)][-1]
+        self.channels = {"stem": net.bn1.num_features, "res2": width // 8,
+                         "res3": width // 4, "res4": width // 2, "res5": width}
+        self.output_stride = output_stride
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        stem = self.stem(images)
+        res2 = self.res2(self.maxpool(stem))
+        res3 = self.res3(res2)
+        res4 = self.res4(res3)
+        return {"stem": stem, "res2": res2, "res3": res3, "res4": res4,
+                "res5": self.res5(res4)}
+
+
+# --- Context modules and the auxiliary head ------------------------------------------
+
+
+class ASPP(nn.Module):
+    """Atrous spatial pyramid pooling (DeepLabv3, Sec. 3.3): one map, five views of it.
+
+    1x1, three dilated 3x3 and the global average, each to `channels`; concatenated and
+    projected back to `channels` by a `projection` x `projection` convolution. NRD and
+    its DeepLabv3+ rival project with 3x3 (mmsegmentation), DeepLabv3 with 1x1.
+    `separable` splits the dilated 3x3 into depthwise and pointwise (DeepLabv3+).
+    """
+
+    def __init__(self, in_channels: int, channels: int, *, rates=(3, 6, 9),
+                 separable=True, projection=3):
+        super().__init__()
+        atrous = separable_conv if separable else conv_bn_relu
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1),
+                                  *conv_bn_relu(in_channels, channels, 1))
+        self.branches = nn.ModuleList([conv_bn_relu(in_channels, channels, 1)])
+        self.branches += [atrous(in_channels, channels, dilation=r) for r in rates]
+        self.project = conv_bn_relu(channels * (2 + len(rates)), channels, projection)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = self.pool(x).expand(-1, -1, *x.shape[-2:])  # one vector, everywhere
+        return self.project(torch.cat([pooled] + [b(x) for b in self.branches], dim=1))
+
+
+class FCNHead(nn.Module):
+    """The auxiliary classifier on res4 that helps early layers learn; gone in eval."""
+
+    def __init__(self, in_channels: int, num_classes: int, *, channels=256, dropout=0.1):
+        super().__init__()
+        self.layers = nn.Sequential(*conv_bn_relu(in_channels, channels),
+                                    nn.Dropout2d(dropout),
+                                    nn.Conv2d(channels, num_classes, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+# --- Losses --------------------------------------------------------------------------
+
+
+def pixel_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of every pixel in float32 (0 where ignored), and the valid mask."""
+    loss = F.cross_entropy(logits.float(), labels.long(), ignore_index=IGNORE_INDEX,
+                           reduction="none")
+    return loss, labels != IGNORE_INDEX
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy over valid pixels; exactly 0 with zero gradient if none is.
+
+    logits (B, K, H, W), labels (B, H, W). mmsegmentation divides by *all* pixels, so
+    its learning rates were tuned with a smaller loss on images with much void.
+    """
+    loss, valid = pixel_losses(logits, labels)
+    return loss.sum() / valid.sum().clamp(min=1)
+
+
+def ohem_cross_entropy(logits: Tensor, labels: Tensor, *, threshold=0.7,
+                       min_kept=100_000) -> Tensor:
+    """Online hard example mining: the mean over the pixels that are still hard.
+
+    A pixel is hard when the probability of its true class is below `threshold`. At
+    least `min_kept` pixels of the batch are kept, the hardest first.
+    """
+    loss, valid = pixel_losses(logits, labels)
+    loss = loss[valid]
+    if loss.numel() == 0:
+        return logits.sum() * 0.0
+    kept = min(min_kept, loss.numel())
+    floor = loss.detach().topk(kept).values[-1].clamp(max=-math.log(threshold))
+    return loss[loss.detach() >= floor].mean()
+
+
+def segmentation_loss(outputs: dict, labels: Tensor, *, aux_weight=0.4,
+                      ohem=False) -> tuple[Tensor, dict[str, Tensor]]:
+    """Main loss plus `aux_weight` times each auxiliary one; also each term by name.
+
+    Auxiliary logits may be coarser than the labels: they are enlarged, since labels
+    have no meaningful smaller version.
+    """
+    criterion = ohem_cross_entropy if ohem else cross_entropy
+    terms = {"out": criterion(outputs["out"], labels)}
+    for i, logits in enumerate(outputs["aux"]):
+        logits = F.interpolate(logits, labels.shape[-2:], mode="bilinear",
+                               align_corners=False)
+        terms[f"aux{i}"] = criterion(logits, labels)
+    weights = {name: 1.0 if name == "out" else aux_weight for name in terms}
+    total = sum(weights[name] * term for name, term in terms.items())
+    return total, {name: term.detach() for name, term in terms.items()}
+
+
+# --- Metrics -------------------------------------------------------------------------
+
+
+class ConfusionMatrix:
+    """counts[truth, prediction] in int64 over every valid pixel of a data set.
+
+    IoU of class c = counts[c, c] / (row c + column c - counts[c, c]). A class that is
+    neither in the truth nor predicted has no IoU: NaN, listed, not averaged. A class
+    that is predicted but absent from the truth has IoU 0 and *is* averaged.
+    """
+
+    def __init__(self, num_classes: int):
+        self.num_classes, self.images = num_classes, 0
+        self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+
+    def update(self, labels: Tensor, predictions: Tensor) -> None:
+        """Add one image: two integer maps of equal shape (H, W)."""
+        K = self.num_classes
+        valid = labels != IGNORE_INDEX
+        truth, guess = labels[valid].long().cpu(), predictions[valid].long().cpu()
+        if truth.numel() and (truth.max() >= K or guess.max() >= K):
+            raise ValueError(f"labels and predictions must be 0..{K - 1} or 255, got "
+                             f"{truth.max().item()} and {guess.max().item()}")
+        self.counts += torch.bincount(truth * K + guess, minlength=K * K).reshape(K, K)
+        self.images += 1
+
+    def iou(self) -> Tensor:
+        """IoU per class, (K,) float64, NaN where the class never occurs."""
+        hits = self.counts.diag().double()
+        return hits / (self.counts.sum(0) + self.counts.sum(1) - hits)
+
+    def miou(self) -> float:
+        """Mean IoU over the classes that occur; an error if no pixel was valid."""
+        if self.counts.sum() == 0:
+            raise UserError("no valid pixel was scored: are all labels 255?")
+        return self.iou().nanmean().item()
+
+    def pixel_accuracy(self) -> float:
+        return (self.counts.diag().sum() / self.counts.sum()).item()
+
+    def summary(self, *, protocol: str, expected_images: int) -> str:
+        """The number together with what it means; never print one without the other."""
+        if self.images != expected_images:
+            raise RuntimeError(f"scored {self.images} of {expected_images} images")
+        present = int((~self.iou().isnan()).sum())
+        return (f"mIoU {self.miou():.4f}  pixel accuracy {self.pixel_accuracy():.4f}  "
+                f"({present} of {self.num_classes} classes present, {protocol}, "
+                f"{self.images}/{expected_images} images)")
+
+
+# --- Cost ----------------------------------------------------------------------------
+
+PARTS = ("encoder", "context", "decoder", "aux_heads")
+
+
+def count_cost(spec: str, num_classes: int, size: tuple[int, int], *,
+               backbone="resnet50", **options) -> dict[str, dict[str, float]]:
+    """Parameters (millions) and multiply-adds (GMACs) of each part of a method.
+
+    Runs on torch's meta device: no memory, no arithmetic. torch's own counter sees
+    convolutions and matrix products (two FLOPs per multiply-add, hence the half); it
+    does not see batch norm, ReLU, pooling and interpolation, under 0.5 % here. The
+    papers' "GFLOPs" are multiply-adds too.
+    """
+    with torch.device("meta"):
+        model = build_model(spec, num_classes, backbone=backbone, **options)
+        images = torch.empty(1, 3, *size)
+    model.eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(images)
+    counts, root = counter.get_flop_counts(), type(model).__name__
+    cost = {}
+    for part in PARTS:
+        params = sum(p.numel() for p in getattr(model, part).parameters())
+        flops = sum(counts.get(f"{root}.{part}", {}).values())
+        cost[part] = {"params": params / 1e6, "gmacs": flops / 2e9}
+    cost["total"] = {key: sum(cost[part][key] for part in PARTS)
+                     for key in ("params", "gmacs")}
+    return cost
+
+
+# --- build_model ---------------------------------------------------------------------
+
+
+def methods() -> list[str]:
+    """Every paper module: a file beside this one that states what was PUBLISHED."""
+    here = Path(__file__).parent.glob("*.py")
+    return sorted(p.stem for p in here if "\nPUBLISHED" in p.read_text())
+
+
+def load_method(spec: str) -> tuple[object, dict]:
+    """'nrd:bilinear' -> (module nrd, options of its row 'bilinear')."""
+    name, _, variant = spec.partition(":")
+    if name not in methods():
+        raise UserError(f"unknown method {name!r}{did_you_mean(name, methods())}; "
+                        f"known: {', '.join(methods())}")
+    module = importlib.import_module(name)
+    if (variant or "default") not in module.VARIANTS:
+        raise UserError(f"{name} has no variant {variant!r}"
+                        f"{did_you_mean(variant, module.VARIANTS)}; it has: "
+                        f"{', '.join(module.VARIANTS)}")
+    return module, dict(module.VARIANTS[variant or "default"])
+
+
+def did_you_mean(word: str, known) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def method_options(spec: str) -> dict:
+    """All options that `--set` may change for this method, with their defaults."""
+    module, variant = load_method(spec)
+    fixed = ("num_classes", "backbone", "weights")
+    defaults = {key: p.default for key, p in inspect.signature(module.build).parameters.items()
+                if key not in fixed}
+    return defaults | variant
+
+
+def parse_options(spec: str, pairs: list[str]) -> dict:
+    """['hidden_channels=32', ...] -> {'hidden_channels': 32}, names and types checked."""
+    known, options = method_options(spec), {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or key not in known:
+            raise UserError(
+                f"--set {pair}: {spec} has no option {key!r}{did_you_mean(key, known)}; "
+                f"it has: {', '.join(f'{k}={v!r}' for k, v in known.items())}")
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        if known[key] is not None and type(value) is not type(known[key]):
+            raise UserError(f"--set {pair}: {key} is a {type(known[key]).__name__} "
+                            f"(default {known[key]!r}), got {text!r}")
+        options[key] = value
+    return options
+
+
+def build_model(spec: str, num_classes: int, *, backbone="resnet50", weights="none",
+                **options) -> nn.Module:
+    """Build 'module:variant'. `options` go on top of the variant's own.
+
+    model(images (B, 3, H, W)) -> {"out": logits (B, K, H, W), "aux": [logits, ...]},
+    for any H, W >= 32; `aux` is filled in training only.
+    """
+    module, variant = load_method(spec)
+    return module.build(num_classes, backbone=backbone, weights=weights,
+                        **(variant | options))

@@ -1,0 +1,242 @@
+"""Encoder, losses, metrics, cost and building by name."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import common
+from common import IGNORE_INDEX, ConfusionMatrix, UserError
+from conftest import SMALL
+
+# --- Encoder -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backbone, count", [
+    ("resnet50c", 23_527_264), ("resnet101c", 42_519_392), ("resnet50s", 23_631_808),
+    ("resnet101s", 42_623_936)])
+def test_deep_stems_have_exactly_the_published_size(backbone, count):
+    with torch.device("meta"):
+        encoder = common.Encoder(backbone)
+    assert sum(p.numel() for p in encoder.parameters()) == count
+
+
+@pytest.mark.parametrize("backbone", common.BACKBONES)
+def test_every_backbone_names_its_stages_sizes_and_channels(backbone):
+    """Stage sizes are H/2 .. H/32 rounded up; `channels` tells the truth."""
+    with torch.device("meta"):
+        encoder = common.Encoder(backbone).eval()
+        features = encoder(torch.empty(1, 3, 65, 97))
+    for (name, x), stride in zip(features.items(), (2, 4, 8, 16, 32)):
+        assert x.shape == (1, encoder.channels[name], -(-65 // stride), -(-97 // stride)), name
+
+
+def test_weights_are_loaded_or_refused(tmp_path):
+    """A file that fits is used; a wrong one, a missing one, a deep stem are errors."""
+    source = common.Encoder("resnet18")
+    net = common.torchvision.models.resnet18()
+    path = tmp_path / "w.pt"
+    torch.save({"state_dict": {"module." + k: v for k, v in net.state_dict().items()}}, path)
+    loaded = common.Encoder("resnet18", weights=str(path))
+    assert torch.equal(loaded.stem[0].weight, net.conv1.weight)
+    assert not torch.equal(source.stem[0].weight, net.conv1.weight)
+    with pytest.raises(UserError, match="only .* tensors fit resnet50"):
+        common.Encoder("resnet50", weights=str(path))
+    with pytest.raises(UserError, match="no such file"):
+        common.Encoder("resnet18", weights="imagnet")
+    with pytest.raises(UserError, match="deep stem"):
+        common.Encoder("resnet50c", weights="imagenet")
+
+
+def test_offline_imagenet_says_what_to_do(monkeypatch, tmp_path):
+    """No network: a sentence with address, folder and a way on, never random weights."""
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+    monkeypatch.setattr(torch.hub, "_dir", str(tmp_path), raising=False)
+    monkeypatch.setattr("torch.hub.download_url_to_file", offline)
+    with pytest.raises(UserError, match="put it into .* or pass --weights none"):
+        common.Encoder("resnet18", weights="imagenet")
+
+
+def test_upsample_cuts_instead_of_squeezing():
+    """Where the sizes are not multiples, positions stay factor * index.
+
+    The likely mistake, F.interpolate(size=(H, W)), moves the last row by pixels.
+    """
+    x = torch.arange(3.0).expand(1, 1, 3, 3)
+    whole = F.interpolate(x, scale_factor=4, mode="bilinear", align_corners=False)
+    assert torch.equal(common.upsample(x, 4, (9, 10)), whole[..., :9, :10])
+
+
+# --- Losses --------------------------------------------------------------------------
+
+
+def test_loss_ignores_255_and_nothing_else():
+    """Adding an all-ignored row does not change the loss; it is a mean over valid."""
+    logits, labels = torch.randn(1, 3, 4, 5), torch.randint(3, (1, 4, 5))
+    plain = common.cross_entropy(logits, labels)
+    torch.testing.assert_close(plain, F.cross_entropy(logits, labels))
+    more = torch.cat([logits, torch.randn(1, 3, 1, 5)], 2)
+    padded = torch.cat([labels, torch.full((1, 1, 5), IGNORE_INDEX)], 1)
+    torch.testing.assert_close(common.cross_entropy(more, padded), plain)
+
+
+@pytest.mark.parametrize("ohem", [False, True])
+def test_all_ignored_crop_gives_exactly_zero(ohem):
+    """Loss 0.0 and gradient 0, where torch's own mean is NaN."""
+    logits = torch.randn(2, 3, 4, 4, requires_grad=True)
+    labels = torch.full((2, 4, 4), IGNORE_INDEX, dtype=torch.uint8)
+    loss, _ = common.segmentation_loss({"out": logits, "aux": [logits]}, labels, ohem=ohem)
+    loss.backward()
+    assert loss.item() == 0.0 and (logits.grad == 0).all()
+    assert F.cross_entropy(logits, labels.long(), ignore_index=IGNORE_INDEX).isnan()
+
+
+@pytest.mark.parametrize("min_kept", [1, 7, 1000])
+def test_ohem_keeps_the_hard_pixels(min_kept):
+    """Literal OHEM: sort by loss, keep those with p < 0.7, at least min_kept."""
+    logits, labels = 3 * torch.randn(1, 3, 4, 5), torch.randint(3, (1, 4, 5))
+    labels[0, 0, 0] = IGNORE_INDEX
+    losses = []
+    for y in range(4):
+        for x in range(5):
+            if labels[0, y, x] != IGNORE_INDEX:
+                losses.append(-logits[0, :, y, x].log_softmax(0)[labels[0, y, x]].item())
+    losses.sort(reverse=True)
+    hard = [v for v in losses if math.exp(-v) < 0.7]
+    kept = losses[:max(len(hard), min(min_kept, len(losses)))]
+    ours = common.ohem_cross_entropy(logits, labels, min_kept=min_kept)
+    assert ours.item() == pytest.approx(sum(kept) / len(kept), rel=1e-5)
+
+
+def test_auxiliary_loss_is_weighted_and_enlarged():
+    logits, labels = torch.randn(1, 3, 8, 8), torch.randint(3, (1, 8, 8))
+    aux = torch.randn(1, 3, 2, 2)
+    total, terms = common.segmentation_loss({"out": logits, "aux": [aux]}, labels,
+                                            aux_weight=0.25)
+    big = F.interpolate(aux, (8, 8), mode="bilinear")
+    expected = F.cross_entropy(logits, labels) + 0.25 * F.cross_entropy(big, labels)
+    torch.testing.assert_close(total, expected)
+    assert set(terms) == {"out", "aux0"}
+
+
+# --- Metrics -------------------------------------------------------------------------
+
+
+def test_matrix_equals_counting_pixel_by_pixel():
+    """Random maps with void and an absent class against four nested loops."""
+    K, matrix, naive = 4, ConfusionMatrix(4), [[0] * 4 for _ in range(4)]
+    for _ in range(3):
+        labels, guess = torch.randint(3, (6, 7)), torch.randint(3, (6, 7))
+        labels[torch.rand(6, 7) < 0.2] = IGNORE_INDEX
+        matrix.update(labels.byte(), guess)
+        for y in range(6):
+            for x in range(7):
+                if labels[y, x] != IGNORE_INDEX:
+                    naive[labels[y, x]][guess[y, x]] += 1
+    assert matrix.counts.tolist() == naive
+    ious = []
+    for c in range(K):
+        union = sum(naive[c]) + sum(row[c] for row in naive) - naive[c][c]
+        if union:
+            ious.append(naive[c][c] / union)
+    assert matrix.miou() == pytest.approx(sum(ious) / len(ious))
+    assert matrix.iou()[3].isnan(), "class 3 never occurs: no IoU, not 0"
+
+
+def test_absent_class_is_skipped_not_averaged_as_zero():
+    """IoU 90/100, 80/90 and none: the mean is over two classes, not three."""
+    matrix = ConfusionMatrix(3)
+    matrix.counts = torch.tensor([[90, 0, 0], [10, 80, 0], [0, 0, 0]])
+    assert matrix.iou()[:2].tolist() == [0.9, 80 / 90]
+    assert matrix.miou() == pytest.approx((0.9 + 80 / 90) / 2)
+
+
+def test_predicted_but_absent_class_counts_as_zero():
+    matrix = ConfusionMatrix(3)
+    matrix.update(torch.tensor([[0, 1]]), torch.tensor([[0, 2]]))
+    assert matrix.iou().tolist() == [1.0, 0.0, 0.0]
+
+
+def test_data_set_miou_is_not_the_mean_over_images():
+    """A small all-right image and a large half-wrong one: pixels count, not images."""
+    matrix = ConfusionMatrix(2)
+    matrix.update(torch.zeros(1, 1, dtype=torch.int), torch.zeros(1, 1))
+    big = torch.arange(100).reshape(10, 10) % 2
+    matrix.update(big, torch.zeros(10, 10))
+    assert matrix.miou() == pytest.approx((51 / 101 + 0) / 2)
+
+
+def test_metric_refuses_nonsense():
+    matrix = ConfusionMatrix(2)
+    with pytest.raises(ValueError, match="must be 0..1 or 255"):
+        matrix.update(torch.tensor([[2]]), torch.tensor([[0]]))
+    matrix.update(torch.tensor([[255]]), torch.tensor([[0]]))
+    with pytest.raises(UserError, match="no valid pixel"):
+        matrix.miou()
+    with pytest.raises(RuntimeError, match="scored 1 of 2"):
+        matrix.summary(protocol="", expected_images=2)
+
+
+# --- Building by name ----------------------------------------------------------------
+
+VARIANTS = [f"{name}:{variant}" for name in common.methods()
+            for variant in common.load_method(name)[0].VARIANTS]
+
+
+@pytest.mark.parametrize("spec", VARIANTS)
+def test_every_variant_trains_and_evaluates_at_any_size(spec):
+    """One step: finite, non-zero gradients everywhere; then 33x65, 65x97, 512x32."""
+    known = common.method_options(spec)
+    options = {k: 16 for k in ("channels", "controller_channels") if k in known}
+    model = common.build_model(spec, 5, backbone="resnet18", **options)
+    images, labels = torch.randn(2, 3, 64, 96), torch.randint(5, (2, 64, 96))
+    loss, _ = common.segmentation_loss(model(images), labels)
+    loss.backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all(), f"{name}: no finite gradient"
+        assert p.grad.any(), f"{name}: gradient is zero, the layer is not connected"
+    model.eval()
+    with torch.no_grad():
+        for size in ((33, 65), (65, 97), (512, 32)):
+            outputs = model(torch.randn(1, 3, *size))
+            assert outputs["out"].shape == (1, 5, *size) and outputs["aux"] == []
+
+
+def test_loss_starts_near_chance():
+    """Untrained logits are small: the first loss is about ln(11)."""
+    model = common.build_model("nrd", 11, **SMALL)
+    loss = common.cross_entropy(model(torch.randn(2, 3, 64, 64))["out"],
+                                torch.randint(11, (2, 64, 64)))
+    assert abs(loss.item() - math.log(11)) < 0.7, loss.item()
+
+
+def test_wrong_names_are_told_with_the_right_ones():
+    with pytest.raises(UserError, match="unknown method 'nrdd'.*did you mean 'nrd'"):
+        common.build_model("nrdd", 5)
+    with pytest.raises(UserError, match="no variant 'bilinaer'.*did you mean 'bilinear'"):
+        common.build_model("nrd:bilinaer", 5)
+    with pytest.raises(UserError, match="no option 'hiden_channels'.*'hidden_channels'.*=16"):
+        common.parse_options("nrd", ["hiden_channels=8"])
+    with pytest.raises(UserError, match="hidden_channels is a int"):
+        common.parse_options("nrd", ["hidden_channels=many"])
+    assert common.parse_options("nrd", ["hidden_channels=8", "init=official"]) == {
+        "hidden_channels": 8, "init": "official"}
+
+
+# --- Cost ----------------------------------------------------------------------------
+
+
+def test_cost_counts_what_a_hand_counts():
+    """Bilinear decoder at 1024x2048: 512*19 multiply-adds at each of 256*512 points."""
+    cost = common.count_cost("nrd:bilinear", 19, (1024, 2048), backbone="resnet50c")
+    assert cost["decoder"]["gmacs"] == pytest.approx(512 * 19 * 256 * 512 / 1e9)
+    assert cost["decoder"]["params"] == pytest.approx((512 * 19 + 19) / 1e6)
+
+
+def test_dynamic_convolutions_are_counted():
+    """g of NRD at 1024x2048: 18*16 + 16*16 + 16*19 products at 256*512 points."""
+    cost = common.count_cost("nrd", 19, (1024, 2048), backbone="resnet50c")["decoder"]
+    static = 32 * 64 * (9 * 512 * 512 + 512 * 899) + 256 * 512 * (9 * 256 * 48 + 48 * 16)
+    dynamic = 256 * 512 * (18 * 16 + 16 * 16 + 16 * 19)
+    assert cost["gmacs"] * 1e9 == pytest.approx(static + dynamic)
