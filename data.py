@@ -1,0 +1,683 @@
+"""The data sets, their labels, and the loaders.
+
+    open_dataset("streets", "train")               drawn on the fly, nothing on disk
+    open_dataset("camvid", "val", root=DIR)        SegNet's layout, as distributed
+    open_dataset("cityscapes", "train", root=DIR)  as distributed, labelIds read directly
+    open_dataset("folder", "train", root=DIR)      your own images and masks
+
+Contract: a data set gives images (3, H, W) uint8 and labels (H, W) uint8 with class
+ids 0..K-1 and 255 = ignore. Each data set has one 256-entry lookup table from the
+values in its files to those ids. It is the only place where labels are renamed, so no
+later line knows about Cityscapes' 34 ids or CamVid's void class.
+
+Randomness: sample i of epoch e is seeded from (seed, epoch, i) alone. It is the same
+picture with the same augmentation for any number of workers, and after a restart.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import cos, pi, sin
+from pathlib import Path
+from zlib import crc32
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.datasets import Cityscapes
+from torchvision.transforms import v2
+
+from common import IGNORE_INDEX, UserError
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB in 0..1
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+
+# --- What a data set is --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a model must know of its data; goes into every checkpoint."""
+
+    name: str
+    classes: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]  # RGB per class; 255 is drawn black
+
+
+class Files:
+    """A data set of image and mask files, in the order of their names."""
+
+    def __init__(self, info: Info, pairs: list[tuple[Path, Path]], lut: np.ndarray):
+        self.info, self.pairs, self.lut = info, pairs, lut
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def name(self, index: int) -> str:
+        return str(self.pairs[index][0])
+
+    def load(self, index: int) -> tuple[Tensor, Tensor]:
+        """Image (3, H, W) and labels (H, W), both uint8; a bad file is a UserError."""
+        image_path, mask_path = self.pairs[index]
+        image, labels = read_image(image_path), self.labels(index)
+        if image.shape[1:] != labels.shape:
+            raise UserError(
+                f"{mask_path}: mask is {tuple(labels.shape)} but its image is "
+                f"{tuple(image.shape[1:])} (H, W); were they resized separately?")
+        return image, labels
+
+    def labels(self, index: int) -> Tensor:
+        mask_path = self.pairs[index][1]
+        return torch.from_numpy(map_labels(read_mask(mask_path), self.lut, mask_path))
+
+
+class Streets:
+    """The embedded data set: scenes drawn from (split, index), no file on disk."""
+
+    sizes = {"train": 600, "val": 100}
+
+    def __init__(self, split: str, *, difficulty: float):
+        if split not in self.sizes:
+            raise UserError(f"streets has the splits {', '.join(self.sizes)}, not {split!r}")
+        self.info = Info("streets", STREETS_CLASSES, STREETS_PALETTE)
+        self.split, self.difficulty = split, difficulty
+
+    def __len__(self) -> int:
+        return self.sizes[self.split]
+
+    def name(self, index: int) -> str:
+        return f"streets/{self.split}/{index:04d}"
+
+    def load(self, index: int) -> tuple[Tensor, Tensor]:
+        image, labels = draw_street(self.split, index, difficulty=self.difficulty)
+        return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(labels)
+
+    def labels(self, index: int) -> Tensor:
+        return self.load(index)[1]
+
+
+# --- Reading files -------------------------------------------------------------------
+
+
+def open_image(path: Path) -> Image.Image:
+    """An opened and decoded picture, or a sentence that names the file."""
+    try:
+        image = Image.open(path)
+        image.load()
+        return image
+    except UnidentifiedImageError:
+        raise UserError(f"{path}: not an image (empty, or another kind of file)") from None
+    except (OSError, SyntaxError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); truncated download?") from None
+
+
+def read_image(path: Path) -> Tensor:
+    """Any image as RGB (3, H, W) uint8: grey, palette, RGBA and EXIF-rotated included."""
+    image = ImageOps.exif_transpose(open_image(path)).convert("RGB")
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """The raw values of a mask (H, W) uint8, never converted.
+
+    Converting a palette mask ("P") to grey would replace ids by brightness.
+    """
+    mask = open_image(path)
+    if mask.mode not in ("L", "P", "1"):
+        raise UserError(f"{path}: mask has mode {mask.mode}, expected one 8-bit channel of "
+                        f"class ids (L or P); it looks like a {guess_mode(mask.mode)}")
+    return np.array(mask, dtype=np.uint8)
+
+
+def guess_mode(mode: str) -> str:
+    return "16- or 32-bit mask" if mode.startswith(("I", "F")) else "colour-coded mask"
+
+
+def map_labels(raw: np.ndarray, lut: np.ndarray, path: Path) -> np.ndarray:
+    """Raw mask values to class ids through the lookup table; -1 marks an illegal value.
+
+    Checked here, in the loader, since an illegal id on a GPU is an assertion without a
+    file name that also kills the process.
+    """
+    counts = np.bincount(raw.ravel(), minlength=256)
+    bad = np.flatnonzero((counts > 0) & (lut < 0))
+    if len(bad):
+        listed = ", ".join(f"{v} ({counts[v]} px)" for v in bad[:6])
+        legal = np.flatnonzero(lut >= 0)
+        raise UserError(
+            f"{path}: illegal label values {listed}{' ...' if len(bad) > 6 else ''}; legal "
+            f"are {legal[0]}..{legal[legal < 255].max()} and 255; "
+            f"{likely_cause(np.flatnonzero(counts))}")
+    return lut.astype(np.uint8)[raw]
+
+
+def likely_cause(values: np.ndarray) -> str:
+    if set(values) <= {0, 255}:
+        return "only 0 and 255: a binary mask?"
+    if values[values < 255].max() <= 33:
+        return "values up to 33: Cityscapes labelIds, or a mask with more classes?"
+    return "a grey-scale picture or colours converted to grey instead of class ids?"
+
+
+def make_lut(mapping: dict[int, int]) -> np.ndarray:
+    """{raw value: class id} -> int16 table of 256; values not named are illegal (-1)."""
+    lut = np.full(256, -1, dtype=np.int16)
+    for raw, label in mapping.items():
+        lut[raw] = label
+    return lut
+
+
+# --- Data sets on disk ---------------------------------------------------------------
+
+CAMVID_CLASSES = ("sky", "building", "pole", "road", "pavement", "tree", "sign symbol",
+                  "fence", "car", "pedestrian", "bicyclist")
+CAMVID_PALETTE = ((128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128),
+                  (0, 0, 192), (128, 128, 0), (192, 128, 128), (64, 64, 128), (64, 0, 128),
+                  (64, 64, 0), (0, 128, 192))
+TREES = {
+    "camvid": "{root}/{split}/NAME.png  {root}/{split}annot/NAME.png",
+    "cityscapes": "{root}/leftImg8bit/{split}/CITY/NAME_leftImg8bit.png  "
+                  "{root}/gtFine/{split}/CITY/NAME_gtFine_labelIds.png",
+    "folder": "{root}/{split}/images/NAME.jpg|png  {root}/{split}/masks/NAME.png  "
+              "{root}/classes.txt (optional: id name r g b)",
+}
+
+
+def find_pairs(dataset: str, root: Path, split: str, images: list[Path],
+               mask_of) -> list[tuple[Path, Path]]:
+    """Pair every image with its mask; nothing found, or anything unpaired, is an error."""
+    tree = TREES[dataset].format(root=root, split=split).replace("  ", "\n  ")
+    if not images:
+        raise UserError(f"{dataset}: no images for split {split!r} below {root}; "
+                        f"expected:\n  {tree}")
+    pairs = [(path, mask_of(path)) for path in sorted(images)]
+    lost = [str(mask) for _, mask in pairs if not mask.is_file()]
+    if lost:
+        raise UserError(f"{dataset} {split}: {len(lost)} of {len(pairs)} images have no "
+                        f"mask, first: {', '.join(lost[:5])}; expected:\n  {tree}")
+    return pairs
+
+
+def images_in(folder: Path, pattern: str = "*") -> list[Path]:
+    return [p for p in folder.glob(pattern) if p.suffix.lower() in IMAGES]
+
+
+def open_camvid(root: Path, split: str) -> Files:
+    """CamVid as SegNet distributes it: 11 classes, void is 11.
+
+    raw value  0..10 -> 0..10   11 (void) -> 255
+    """
+    pairs = find_pairs("camvid", root, split, images_in(root / split),
+                       lambda p: root / f"{split}annot" / p.name)
+    lut = make_lut({i: i for i in range(11)} | {11: IGNORE_INDEX, 255: IGNORE_INDEX})
+    return Files(Info("camvid", CAMVID_CLASSES, CAMVID_PALETTE), pairs, lut)
+
+
+def open_cityscapes(root: Path, split: str) -> Files:
+    """Cityscapes as distributed; no preparation step.
+
+    raw value  labelIds 0..33 -> 19 train ids or 255 (torchvision's table)   255 -> 255
+    An id of -1 (license plate) is stored as 255 in the files. If a tree holds nothing
+    but *_labelTrainIds.png, those are read, 0..18 and 255.
+    """
+    classes = [c for c in Cityscapes.classes if c.train_id not in (-1, 255)]
+    classes.sort(key=lambda c: c.train_id)
+    info = Info("cityscapes", tuple(c.name for c in classes),
+                tuple(c.color for c in classes))
+    lut = make_lut({c.id: c.train_id if 0 <= c.train_id < 19 else IGNORE_INDEX
+                    for c in Cityscapes.classes if c.id >= 0} | {255: IGNORE_INDEX})
+    masks, kind = root / "gtFine" / split, "labelIds"
+    if not any(masks.glob("*/*_labelIds.png")) and any(masks.glob("*/*_labelTrainIds.png")):
+        kind, lut = "labelTrainIds", make_lut({i: i for i in range(19)} | {255: 255})
+    images = images_in(root / "leftImg8bit" / split, "*/*_leftImg8bit.png")
+    pairs = find_pairs(
+        "cityscapes", root, split, images, lambda p: masks / p.parent.name
+        / p.name.replace("_leftImg8bit.png", f"_gtFine_{kind}.png"))
+    return Files(info, pairs, lut)
+
+
+def open_folder(root: Path, split: str) -> Files:
+    """Your own data: DIR/{train,val}/{images,masks}, paired by name without suffix.
+
+    Masks hold class ids 0..K-1 and 255 = ignore. `classes.txt` has one line per class,
+    `id name r g b`; without it, K is the highest id of the training masks plus one.
+    """
+    masks = {p.stem: p for p in images_in(root / split / "masks")}
+    images = images_in(root / split / "images")
+    orphans = sorted(set(masks) - {p.stem for p in images})
+    if images and orphans:
+        raise UserError(f"folder {split}: masks without an image: {', '.join(orphans[:5])}")
+    pairs = find_pairs("folder", root, split, images,
+                       lambda p: masks.get(p.stem, root / split / "masks" / f"{p.stem}.png"))
+    names, colours = read_classes(root)
+    lut = make_lut({i: i for i in range(len(names))} | {255: IGNORE_INDEX})
+    return Files(Info("folder", names, colours), pairs, lut)
+
+
+def read_classes(root: Path) -> tuple[tuple[str, ...], tuple[tuple[int, int, int], ...]]:
+    """Names and colours from classes.txt, or made up from the training masks' ids."""
+    path = root / "classes.txt"
+    if not path.is_file():
+        found = {v for p in images_in(root / "train" / "masks")
+                 for v in np.unique(read_mask(p))} - {IGNORE_INDEX}
+        if not found:
+            raise UserError(f"folder: no {path} and no labelled pixel in train/masks")
+        hues = np.random.default_rng(0).integers(40, 256, (max(found) + 1, 3))
+        return (tuple(f"class{i}" for i in range(max(found) + 1)),
+                tuple(tuple(map(int, c)) for c in hues))
+    rows = [line.split() for line in path.read_text().splitlines() if line.strip()]
+    try:
+        table = {int(r[0]): (" ".join(r[1:-3]), tuple(map(int, r[-3:]))) for r in rows}
+        names, colours = zip(*(table[i] for i in range(len(rows))))
+    except (ValueError, KeyError, IndexError):
+        raise UserError(f"{path}: every line must be 'id name r g b', with ids 0.."
+                        f"{len(rows) - 1} once each") from None
+    return names, colours
+
+
+DATASETS = {"camvid": open_camvid, "cityscapes": open_cityscapes, "folder": open_folder}
+
+
+def open_dataset(name: str, split: str, *, root: str | None = None, difficulty=0.5):
+    """A data set by name. `difficulty` is the dial of `streets`, see draw_street."""
+    if name == "streets":
+        return Streets(split, difficulty=difficulty)
+    if name not in DATASETS:
+        raise UserError(f"unknown data set {name!r}; known: streets, {', '.join(DATASETS)}")
+    if root is None or not Path(root).is_dir():
+        tree = TREES[name].format(root="DIR", split=split).replace("  ", "\n  ")
+        what = "needs --data-root DIR" if root is None else f"no folder {root}"
+        raise UserError(f"{name}: {what}; expected:\n  {tree}")
+    return DATASETS[name](Path(root), split)
+
+
+def check_some(dataset, *, count: int = 64) -> None:
+    """Load evenly spaced samples, so that a wrong data set fails before the first step."""
+    step = max(1, len(dataset) // count)
+    for index in range(0, len(dataset), step):
+        dataset.load(index)
+
+
+# --- Augmentation --------------------------------------------------------------------
+
+
+def random_scale(image: Tensor, labels: Tensor, scale: tuple[float, float]):
+    """Resize both by one random factor: bilinear for the image, nearest for the labels.
+
+    torchvision picks the method by type (tv_tensors.Mask is always nearest), so ids
+    are never blended: the set of ids in a mask cannot grow.
+    """
+    factor = torch.empty(()).uniform_(*scale).item()
+    size = [max(1, round(n * factor)) for n in labels.shape[-2:]]
+    return v2.functional.resize(image, size), v2.functional.resize(labels, size)
+
+
+def random_crop(image: Tensor, labels: Tensor, size: tuple[int, int], *,
+                largest_share=0.75, tries=10):
+    """Crop in which no class has more than 75 % of the valid pixels, if ten tries do.
+
+    This is mmsegmentation's cat_max_ratio: less of nothing but road. Images that are
+    too small are padded: with the mean colour, and with 255 in the labels.
+    """
+    fill = {tv_tensors.Image: [round(255 * m) for m in MEAN], tv_tensors.Mask: IGNORE_INDEX}
+    crop = v2.RandomCrop(size, pad_if_needed=True, fill=fill)
+    for _ in range(tries):
+        cropped = crop(image, labels)
+        counts = torch.bincount(cropped[1].flatten(), minlength=256)[:IGNORE_INDEX]
+        if counts.max() <= largest_share * counts.sum():
+            break
+    return cropped
+
+
+
+def normaliser(mean=MEAN, std=STD) -> v2.Compose:
+    """uint8 image -> float32 with about zero mean and unit variance per channel."""
+    return v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+
+
+NORMALISE = normaliser()
+FLIP = v2.RandomHorizontalFlip()
+# The ranges of SSD's distortion, as mmsegmentation has them. torchvision's own
+# RandomPhotometricDistort also swaps colour channels: blue streets under red skies.
+DISTORT = v2.RandomApply([v2.ColorJitter(32 / 255, 0.5, 0.5, 0.05)], p=0.5)
+
+
+class Augmented(torch.utils.data.Dataset):
+    """Training samples: keys are (epoch, index), values (image float32, labels uint8).
+
+    The seed of a sample is made of (seed, epoch, index) only: it does not matter which
+    worker draws it, nor what was drawn before. The crop comes before the colours, so
+    that no colour work is spent on pixels that are thrown away.
+    """
+
+    def __init__(self, dataset, *, crop, scale, photometric, seed):
+        self.dataset, self.seed = dataset, seed
+        self.crop, self.scale, self.photometric = tuple(crop), scale, photometric
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        epoch, index = key
+        image, labels = self.dataset.load(index)
+        image, labels = tv_tensors.Image(image), tv_tensors.Mask(labels)
+        with torch.random.fork_rng(devices=[]):  # the model's dropout must not notice
+            torch.manual_seed(mix_seeds(self.seed, epoch, index))
+            if self.scale != (1.0, 1.0):
+                image, labels = random_scale(image, labels, self.scale)
+            image, labels = FLIP(*random_crop(image, labels, self.crop))
+            if self.photometric:
+                image = DISTORT(image)
+        return NORMALISE(image).as_subclass(Tensor), labels.as_subclass(Tensor)
+
+
+class Plain(torch.utils.data.Dataset):
+    """Validation samples: whole images, normalised, labels never resized."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, labels = self.dataset.load(index)
+        return NORMALISE(image), labels
+
+
+def mix_seeds(*seeds: int) -> int:
+    """One well-mixed 63-bit seed from several small numbers."""
+    return int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0] >> 1)
+
+
+# --- Loaders -------------------------------------------------------------------------
+
+
+class Batches(torch.utils.data.Sampler):
+    """Batches of (epoch, index) keys for the iterations start..stop-1.
+
+    Every epoch is a permutation of its own; its last, incomplete batch is dropped,
+    since batch norm cannot live on one image. To resume at an iteration is to start
+    here: skipped samples are never read.
+    """
+
+    def __init__(self, length: int, batch: int, *, start: int, stop: int, seed: int):
+        if length < batch:
+            raise UserError(f"batch {batch} is larger than the training set ({length} "
+                            f"images); pass --batch {max(2, length)} or less")
+        self.length, self.batch, self.seed = length, batch, seed
+        self.start, self.stop = start, stop
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self):
+        epoch, order = -1, None
+        for iteration in range(self.start, self.stop):
+            now, step = divmod(iteration, self.length // self.batch)
+            if now != epoch:
+                epoch, generator = now, torch.Generator()
+                generator.manual_seed(mix_seeds(self.seed, epoch))
+                order = torch.randperm(self.length, generator=generator).tolist()
+            picked = order[step * self.batch:(step + 1) * self.batch]
+            yield [(epoch, index) for index in picked]
+
+
+def train_loader(dataset, batches: Batches, *, workers: int, **augmentation):
+    """Iterates over (images (B, 3, H, W) float32, labels (B, H, W) uint8)."""
+    return torch.utils.data.DataLoader(
+        Augmented(dataset, seed=batches.seed, **augmentation), batch_sampler=batches,
+        num_workers=workers, pin_memory=torch.cuda.is_available(),
+        prefetch_factor=4 if workers else None)
+
+
+def val_loader(dataset, *, workers: int):
+    """Whole images one by one, since their sizes may differ."""
+    return torch.utils.data.DataLoader(Plain(dataset), num_workers=workers)
+
+
+# --- The embedded data set ------------------------------------------------------------
+
+# Per class: its typical colour, how far an object may stray from it (0-1), and the
+# strength of its soft and of its grainy texture (in grey levels).
+LOOKS = {
+    "sky": ((150, 188, 226), .2, 7, 0), "building": ((172, 142, 120), .8, 6, 7),
+    "road": ((92, 92, 98), .2, 4, 7), "pavement": ((152, 146, 140), .25, 6, 7),
+    "vegetation": ((78, 116, 58), .22, 10, 14), "pole": ((96, 98, 100), .45, 4, 6),
+    "wire": ((44, 44, 48), .2, 0, 4), "fence": ((112, 88, 70), .6, 4, 8),
+    "car": ((150, 50, 50), 1, 3, 3), "person": ((70, 70, 120), 1, 6, 6),
+    "sign": ((215, 60, 50), .8, 3, 4)}
+STREETS_CLASSES = tuple(LOOKS)
+STREETS_PALETTE = (
+    (120, 180, 230), (128, 92, 84), (110, 78, 130), (232, 120, 200), (96, 150, 50),
+    (190, 190, 190), (20, 230, 230), (240, 170, 110), (30, 50, 170), (220, 30, 60),
+    (250, 220, 0))
+
+
+class Street:
+    """A scene in metres: x right of the road's middle, y up, z ahead of the camera.
+
+    Each shape is drawn twice without antialiasing, in colour and as class id, so the
+    labels are exact to the pixel. Name None: a detail that leaves the labels alone.
+    """
+
+    def __init__(self, seed, height, width, difficulty):
+        # Two random streams: thus the layout is the same at every difficulty.
+        self.rng, self.look = (np.random.default_rng([*seed, k]) for k in (0, 1))
+        self.h, self.w, self.difficulty = height, width, difficulty
+        self.images = [Image.new(mode, (width, height)) for mode in ("RGB", "L")]
+        self.pens = [ImageDraw.Draw(image) for image in self.images]
+        u = self.rng.uniform
+        self.horizon, self.vanish = u(.36, .56) * height, u(.34, .66) * width
+        self.focal, self.eye, self.kerb = u(.8, 1.1) * height, u(1.6, 2.4), u(2.9, 4.1)
+        self.front, self.shift = self.kerb + u(2, 4.5), u(-.3, .5) * self.kerb
+        self.soft, self.grain = self.noise(6) + .5 * self.noise(3), self.noise(1.6)
+
+    def noise(self, cell):
+        """Random noise with blobs of about `cell` pixels."""
+        shape = int(self.h / cell) + 2, int(self.w / cell) + 2
+        noise = Image.fromarray(self.rng.standard_normal(shape, dtype=np.float32))
+        box = 0, 0, self.w / cell, self.h / cell
+        return np.asarray(noise.resize((self.w, self.h), Image.BICUBIC, box=box))
+
+    def at(self, x, y, z):
+        k = self.focal / z
+        return self.vanish + (x - self.shift) * k, self.horizon + (self.eye - y) * k
+
+    def colour(self, name, shade=1.):
+        """A colour for one object, which the difficulty takes away from its class."""
+        base, freedom = LOOKS[name][:2]
+        stray, (light, *hue) = .25 + .75 * self.difficulty, self.look.uniform(0, 110, 4)
+        mixed = zip(base, (1.2 * light + float(c) for c in hue))
+        flat = (shade * (b + stray * freedom * (c - b)) for b, c in mixed)
+        return tuple(min(int(c), 255) for c in flat)
+
+    def paint(self, shape, points, name, colour, **options):
+        fills = (colour, STREETS_CLASSES.index(name)) if name else (colour,)
+        for pen, fill in zip(self.pens, fills):
+            getattr(pen, shape)(points, fill=fill, **options)
+
+    def line(self, points, thick, name, colour):
+        width = max(1, round(thick * self.focal / points[0][2]))
+        self.paint("line", [self.at(*p) for p in points], name, colour, width=width)
+
+    def rect(self, x, y, z, name, colour):
+        """Spans two of three pairs (from, to); the third one is level."""
+        y = (y[0], y[0], y[1], y[1]) if x[0] != x[1] else (y[0], y[1], y[1], y[0])
+        corners = zip((x[0], x[1], x[1], x[0]), y, (z[0], z[0], z[1], z[1]))
+        self.paint("polygon", [self.at(*c) for c in corners], name, colour)
+
+    def disc(self, x, y, z, radius, name, colour, corners=12):
+        # Half a step more for squares, or they would stand on a corner.
+        turns = [2 * pi * (k + (corners == 4) / 2) / corners for k in range(corners)]
+        rim = [self.at(x + radius * sin(t), y + radius * cos(t), z) for t in turns]
+        self.paint("polygon", rim, name, colour)
+
+    def foliage(self, x, y, z, rx, ry):
+        """A ragged blob: an ellipse whose rim is decided by noise."""
+        (u, v), tone = self.at(x, y, z), self.colour("vegetation")
+        plant = STREETS_CLASSES.index("vegetation")
+        rx, ry = rx * self.focal / z, ry * self.focal / z
+        x0, x1 = (min(max(int(u + k * rx), 0), self.w) for k in (-1.5, 1.5))
+        y0, y1 = (min(max(int(v + k * ry), 0), self.h) for k in (-1.5, 1.5))
+        if x0 >= x1 or y0 >= y1:
+            return
+        across = (np.arange(x0, x1, dtype=np.float32) - u) / rx
+        down = ((np.arange(y0, y1, dtype=np.float32) - v) / ry)[:, None]
+        soft, grain = self.soft[y0:y1, x0:x1], self.grain[y0:y1, x0:x1]
+        leaf = 1 - across ** 2 - down ** 2 + .4 * grain + .25 * soft
+        sunny = np.minimum(leaf, leaf + .5 * grain - 1.2 * down - .9)
+        for mask, gain, count in ((leaf, 1, 2), (sunny, 1.35, 1)):
+            stencil = Image.fromarray((mask > 0).astype(np.uint8) * 255)
+            fills = tuple(int(gain * c) for c in tone), plant
+            for pen, fill in zip(self.pens[:count], fills):
+                pen.bitmap((x0, y0), stencil, fill=fill)
+
+    def backdrop(self):
+        u, top, depth = self.rng.uniform, self.colour("sky"), (1, 90)
+        for y in range(0, self.h, 3):
+            tone = tuple(min(c + int(30 * y / self.horizon), 255) for c in top)
+            self.paint("rectangle", (0, y, self.w, y + 2), "sky", tone)
+        for x in range(-70, 70, 14):
+            tone = self.colour("building", 1.1)
+            self.rect((x, x + u(8, 16)), (0, u(3, 16)), (75, 75), "building", tone)
+            self.foliage(x, 1, 60, u(4, 8), u(1, 4))
+        mark, flat, k = self.colour("road", 1.9), (0, 0), self.kerb
+        self.rect((-200, 200), flat, depth, "pavement", self.colour("pavement"))
+        self.rect((-k - .2, k + .2), flat, depth, None, mark)
+        self.rect((-k, k), flat, depth, "road", self.colour("road"))
+        for z in np.arange(u(2, 5), 40, 5).tolist():
+            self.rect((-.1, .1), flat, (z, z + 2.5), None, mark)
+
+    def house(self, x, z):
+        """A house along the street; its front end looks at the camera."""
+        high, gap, deep = self.rng.uniform((3, 2, 5), (10, 3, 10)).tolist()
+        plaster, glass = self.colour("building"), self.colour("building", .45)
+        dim, out = tuple(int(.8 * c) for c in plaster), 1 if x > 0 else -1
+        self.rect((x, x), (0, high), (z, z + deep), "building", plaster)
+        self.rect((x, x + deep * out), (0, high), (z, z), "building", dim)
+        self.rect((x, x), (high - .3, high), (z, z + deep), None, glass)
+        for floor in np.arange(1, high - 1.9, 2.7).tolist():
+            for k in np.arange(.7, deep - 1.2, gap).tolist():
+                y, b = (floor, floor + 1.4), x + k * out
+                self.rect((x, x), y, (z + k, z + k + 1.1), None, glass)
+                self.rect((b, b + out), y, (z, z), None, glass)
+
+    def tree(self, x, z):
+        u, high = self.rng.uniform, self.rng.uniform(2.6, 4.2)
+        if u() < .45:
+            return self.foliage(x, .5, z, u(.7, 1.6), u(.5, .9))
+        self.line([(x, 0, z), (x, high, z)], .22, "vegetation", (84, 66, 50))
+        for dx in (-.6, .6, 0):
+            self.foliage(x + dx, high + u(-.2, 1), z, u(.8, 1.5), u(.6, 1.2))
+
+    def fence(self, x, z):
+        paint, high, end = self.colour("fence"), self.rng.uniform(.9, 1.5), z + 6
+        for y in (.25, high - .1):
+            self.line([(x, y, z), (x, y, end)], .06, "fence", paint)
+        while z < end:
+            self.line([(x, 0, z), (x, high, z)], .07, "fence", paint)
+            # Bars further apart when far away, or the gaps would close.
+            z += max(.35, 4 * z * z / (self.focal * abs(x - self.shift) + 1))
+
+    def car(self, x, z):
+        """The back of a car, and the flank that the camera sees."""
+        body, dark, red = self.colour("car"), (34, 36, 42), (190, 40, 36)
+        half, long, roof = self.rng.uniform((.8, 3.2, 1.35), (.95, 4.2, 1.9)).tolist()
+        side = x + half * (1 if x < self.shift else -1)
+        shady = tuple(int(.75 * c) for c in body)
+        self.rect((x - 1, x + 1), (0, 0), (z, z + long), None, (42, 42, 46))
+        for a, b, low, top, tone in (
+                (.3, 1, 0, .5, dark), (long - 1, long - .3, 0, .5, dark),
+                (0, long, .25, .9, shady), (0, long - 1, .9, roof, shady),
+                (.5, long - 1.3, .95, roof - .15, dark)):
+            self.rect((side, side), (low, top), (z + a, z + b), "car", tone)
+        for a, b, low, top, tone in (
+                (-.9, -.6, 0, .3, dark), (.6, .9, 0, .3, dark), (-1, 1, .25, .95, body),
+                (-.9, .9, .95, roof, body), (-.75, .75, 1, roof - .15, dark),
+                (-.95, -.7, .65, .8, red), (.7, .95, .65, .8, red)):
+            self.rect((x + a * half, x + b * half), (low, top), (z, z), "car", tone)
+
+    def person(self, x, z):
+        tall, step = self.rng.uniform((.8, .05), (1.1, .3)).tolist()
+        coat, legs = self.colour("person"), self.colour("person", .6)
+        for k in (-1, 1):
+            foot, hip = (x + k * step, 0, z), (x + k * .08, .85 * tall, z)
+            arm, hand = (x + k * .2, 1.4 * tall, z), (x + k * (.2 + step), .8 * tall, z)
+            self.line([foot, hip], .17, "person", legs)
+            self.line([arm, hand], .11, "person", coat)
+        self.rect((x - .23, x + .23), (.75 * tall, 1.45 * tall), (z, z), "person", coat)
+        self.disc(x, 1.62 * tall, z, .16, "person", (206, 160, 132))
+
+    def sign(self, x, z):
+        r, y = self.rng.uniform((.4, 2), (.6, 3)).tolist()
+        corners = int(self.rng.choice((3, 4, 12)))
+        self.line([(x, 0, z), (x, y, z)], .08, "pole", self.colour("pole"))
+        self.disc(x, y, z, r, "sign", self.colour("sign"), corners)
+        self.disc(x, y, z, .6 * r, None, self.colour("sign", 1.5), corners)
+
+    def mast(self, x, z):
+        """A pole with sagging wires to the next one and across the street."""
+        steel, cable, high = self.colour("pole"), self.colour("wire"), 5.2
+        self.line([(x, 0, z), (x, high + .3, z)], .16, "pole", steel)
+        self.line([(x - .7, high, z), (x + .7, high, z)], .1, "pole", steel)
+        for start, dx, dz in ((x - .6, 0, 9), (x + .6, 0, 9), (x, -2 * x, 0)):
+            arc = ((start + t / 8 * dx, high - t * (8 - t) / 25, z + t / 8 * dz)
+                   for t in range(9))
+            self.line([*arc], 0, "wire", cable)
+
+    def furnish(self):
+        """Paint all that stands along the street, far things first."""
+        u, kerb, front, things = self.rng.uniform, self.kerb, self.front, []
+        for x in (-front - .3, front + .3):
+            for z in np.arange(31 + u(0, 8), 2, -9).tolist():
+                if u() < .8:
+                    self.house(x, z)
+        for paint, count, near, far, inner, outer in (
+                (self.car, (2, 6), 5.5, 30, .3 * kerb, .75 * kerb),
+                (self.person, (4, 9), 5, 18, .6 * kerb, front - .6),
+                (self.sign, (3, 6), 5, 18, kerb + .2, kerb + .8),
+                (self.tree, (4, 11), 4, 25, front - 1.2, front - .2)):
+            for _ in range(self.rng.integers(*count)):
+                x = u(inner, outer) * (-1) ** (u() < .5)
+                things.append((u(near, far), paint, x))
+        for paint, x, near, step, count in ((self.mast, kerb + .5, u(4, 9), 9, 4),
+                                            (self.fence, front, u(3, 8), 6, 3)):
+            x *= (-1) ** (u() < .5)
+            things += [(near + step * k, paint, x) for k in range(count)]
+        for z, paint, x in sorted(things, key=lambda thing: -thing[0]):
+            paint(x, z)
+
+    def photograph(self, ids):
+        """Add texture, light, shadow and sensor noise to the flat colours."""
+        d, light = self.difficulty, self.look.uniform(-1, 1, 6).astype(np.float32)
+        soft, grain = np.array([look[2:] for look in LOOKS.values()], np.float32).T
+        texture = 2 * d * (soft[ids] * self.soft + grain[ids] * self.grain)
+        down, across = np.ogrid[-1:1:self.h * 1j, -1:1:self.w * 1j]
+        ramp = light[0] * across + light[1] * down + light[2]
+        shadow = 1 - .45 * d * np.clip(2 * ramp.astype(np.float32) - .5, 0, 1)
+        shadow *= 1.1 + d * (.1 + .32 * light[3])
+        tint = 1 + .2 * d * light[4] * np.array([1, 0, -1], np.float32)
+        photo = np.asarray(self.images[0], np.float32) + texture[..., None]
+        photo *= shadow[..., None] * tint
+        # Raw bytes: many times faster than normal noise, and as good here.
+        noise = np.frombuffer(self.look.bytes(photo.size), np.int8).astype(np.float32)
+        contrast = 1 - .2 * d * (1 + light[5])
+        photo *= contrast
+        photo += 118 * (1 - contrast)
+        photo += .2 * d * noise.reshape(photo.shape)
+        return np.clip(photo, 0, 255, out=photo).astype(np.uint8)
+
+
+def draw_street(split, index, *, size=(128, 256), difficulty=.5):
+    """One street scene: an (H, W, 3) image and its (H, W) class ids, both uint8.
+
+    The same (split, index, size) always has the same layout; `difficulty`, from 0 to
+    1, changes the colours only. It scales, from 0 on: texture (about 15-35 grey levels
+    at 1), sensor noise (15), brightness (+-32 %), colour temperature (+-20 %), a shadow
+    (to -45 %) and loss of contrast (to -40 %). How far objects stray from the colour
+    of their class, thus how alike the classes are, grows fourfold from 0 to 1.
+    """
+    street = Street((crc32(split.encode()), index), *size, difficulty)
+    street.backdrop()
+    street.furnish()
+    ids = np.array(street.images[1])
+    return street.photograph(ids), ids
