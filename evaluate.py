@@ -1,0 +1,382 @@
+"""Score a run, predict your own pictures, count the cost, make the table.
+
+    python evaluate.py score runs/nrd-streets-s0
+    python evaluate.py predict runs/nrd-streets-s0/best.pt photo.jpg --out predictions
+    python evaluate.py explain runs/nrd-streets-s0 --out explain.png
+    python evaluate.py cost                       ours beside the published numbers
+    python evaluate.py table runs/*               one line per run
+
+Protocol of every number here: whole images at their own size, batch 1, labels never
+resized, logits bilinear to the image's size, argmax; one int64 confusion matrix over
+all valid pixels of the split; IoU per class; mean over the classes that occur.
+"""
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+
+import data
+from common import (IGNORE_INDEX, PARTS, ConfusionMatrix, UserError, build_model,
+                    count_cost, load_method, methods)
+
+
+@contextmanager
+def show_errors(debug: bool = False):
+    """User errors end in one sentence and exit code 2, without a traceback."""
+    try:
+        yield
+    except UserError as error:
+        if debug:
+            raise
+        # An error from a loader process arrives inside that process' traceback.
+        print("error:", str(error).rsplit("UserError: ")[-1].strip(), file=sys.stderr)
+        sys.exit(2)
+
+
+# --- Scoring -------------------------------------------------------------------------
+
+
+def score_dataset(model: nn.Module, dataset, *, device, workers=0,
+                  amp="off") -> ConfusionMatrix:
+    """Confusion matrix of the model on a whole split; train.py uses this too."""
+    model.eval()
+    matrix = ConfusionMatrix(len(dataset.info.classes))
+    with torch.inference_mode(), torch.autocast(
+            torch.device(device).type, torch.bfloat16, enabled=amp == "bf16"):
+        for images, labels in data.val_loader(dataset, workers=workers):
+            matrix.update(labels[0], predict(model, images.to(device)))
+    return matrix
+
+
+def predict(model: nn.Module, images: Tensor) -> Tensor:
+    """Class ids (H, W) of one normalised image (1, 3, H, W), at least 32x32 inside."""
+    H, W = images.shape[-2:]
+    if min(H, W) < 32:  # the encoder's smallest cell; repeat the border, cut it after
+        images = nn.functional.pad(images, (0, max(0, 32 - W), 0, max(0, 32 - H)),
+                                   mode="replicate")
+    return model(images)["out"][0, :, :H, :W].argmax(0)
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """A checkpoint's content; a run folder stands for its best.pt."""
+    path = Path(path)
+    path = path / "best.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"no checkpoint {path}; give a run folder or a .pt file of train.py")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen kinds for a damaged file
+        raise UserError(f"{path} is damaged or not a checkpoint "
+                        f"({str(error).splitlines()[0] if str(error) else type(error)})"
+                        ) from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != 1:
+        raise UserError(f"{path} is not a checkpoint of this train.py (format 1)")
+    return checkpoint
+
+
+def restore(checkpoint: dict, device="cpu") -> nn.Module:
+    """The trained model, in eval mode; strict: every tensor must fit."""
+    model = build_model(checkpoint["method"], len(checkpoint["classes"]),
+                        backbone=checkpoint["backbone"], **checkpoint["options"])
+    model.load_state_dict(checkpoint["model"])
+    return model.to(device, memory_format=torch.channels_last).eval()
+
+
+# --- Pictures ------------------------------------------------------------------------
+
+
+def colourise(labels: np.ndarray, palette) -> np.ndarray:
+    """Class ids (H, W) to RGB (H, W, 3); ignored pixels are black."""
+    table = np.zeros((256, 3), np.uint8)
+    table[:len(palette)] = palette
+    return table[labels]
+
+
+def legend(info, width: int) -> np.ndarray:
+    """A strip of colour squares with class names, as wide as the picture."""
+    font = ImageFont.load_default(size=13)
+    entries = list(zip(info.classes, info.palette)) + [("ignored", (0, 0, 0))]
+    column = 26 + max(int(font.getlength(name)) for name, _ in entries)
+    columns = max(1, width // column)
+    strip = Image.new("RGB", (width, 20 * -(-len(entries) // columns) + 4), "white")
+    pen = ImageDraw.Draw(strip)
+    for i, (name, colour) in enumerate(entries):
+        x, y = i % columns * column + 4, i // columns * 20 + 4
+        pen.rectangle((x, y, x + 13, y + 13), fill=tuple(colour), outline="grey")
+        pen.text((x + 18, y - 1), name, fill="black", font=font)
+    return np.array(strip)
+
+
+def sample_sheet(model, dataset, path: Path, *, device, count=4) -> None:
+    """`count` images of a split, each as image | truth | prediction | errors."""
+    model.eval()
+    rows = []
+    for index in torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).int().tolist():
+        image, truth = dataset.load(index)
+        with torch.inference_mode():
+            guess = predict(model, data.NORMALISE(image)[None].to(device)).cpu()
+        picture, truth, guess = image.permute(1, 2, 0).numpy(), truth.numpy(), guess.numpy()
+        wrong = (guess != truth) & (truth != IGNORE_INDEX)
+        errors = np.where(wrong[..., None], (220, 30, 30), picture // 3 + 150)
+        guess = np.where(truth == IGNORE_INDEX, IGNORE_INDEX, guess)
+        tiles = [picture, colourise(truth, dataset.info.palette),
+                 colourise(guess, dataset.info.palette), errors.astype(np.uint8)]
+        tiles = [np.pad(t, ((2, 2), (2, 2), (0, 0)), constant_values=255) for t in tiles]
+        rows.append(np.concatenate(tiles, axis=1))
+    width = max(r.shape[1] for r in rows)
+    rows = [np.pad(r, ((0, 0), (0, width - r.shape[1]), (0, 0)), constant_values=255)
+            for r in rows]
+    titles = Image.new("RGB", (width, 20), "white")
+    for i, word in enumerate(("image", "truth", "prediction", "errors")):
+        ImageDraw.Draw(titles).text((i * width // 4 + 4, 2), word, fill="black",
+                                    font=ImageFont.load_default(size=13))
+    Image.fromarray(np.concatenate([np.array(titles), *rows, legend(dataset.info, width)]
+                                   )).save(path)
+
+
+# --- score ---------------------------------------------------------------------------
+
+
+def command_score(args) -> None:
+    """mIoU, pixel accuracy and the per-class table of a checkpoint."""
+    checkpoint = load_checkpoint(args.checkpoint)
+    dataset = data.open_dataset(
+        args.dataset or checkpoint["dataset"], args.split,
+        root=args.data_root or checkpoint["data_root"],
+        difficulty=checkpoint["difficulty"])
+    if list(dataset.info.classes) != checkpoint["classes"]:
+        raise UserError(
+            f"{args.checkpoint} was trained on the {len(checkpoint['classes'])} classes of "
+            f"{checkpoint['dataset']}, {dataset.info.name} has {len(dataset.info.classes)} "
+            f"others; score it on its own data set")
+    matrix = score_dataset(restore(checkpoint, args.device), dataset, device=args.device,
+                           workers=args.workers, amp=args.amp)
+    print(f"{checkpoint['method']} on {dataset.info.name} {args.split}, "
+          f"iteration {checkpoint['iteration']}")
+    truth, guess = matrix.counts.sum(1), matrix.counts.sum(0)
+    print(f"{'class':<16}{'IoU':>8}{'truth px':>12}{'predicted':>12}")
+    for name, iou, t, g in zip(dataset.info.classes, matrix.iou().tolist(), truth, guess):
+        shown = "-" if iou != iou else f"{iou:.4f}"  # NaN: the class never occurs
+        print(f"{name:<16}{shown:>8}{t:>12}{g:>12}")
+    print(matrix.summary(protocol="whole image, single scale",
+                         expected_images=len(dataset)))
+
+
+# --- predict -------------------------------------------------------------------------
+
+
+def command_predict(args) -> None:
+    """Index PNG, colour PNG and overlay with legend for any pictures.
+
+    Method, classes, palette and normalisation come from the checkpoint.
+    """
+    checkpoint = load_checkpoint(args.checkpoint)
+    model = restore(checkpoint, args.device)
+    info = data.Info(checkpoint["dataset"], tuple(checkpoint["classes"]),
+                     tuple(map(tuple, checkpoint["palette"])))
+    out = Path(args.out)
+    stems = [Path(p).stem for p in args.images]
+    if len(set(stems)) < len(stems):
+        raise UserError("two images have the same name; predict them into two folders")
+    images = [data.read_image(Path(p)) for p in args.images]  # all readable, or none done
+    out.mkdir(parents=True, exist_ok=True)
+    normalise = data.normaliser(checkpoint["mean"], checkpoint["std"])
+    for stem, image in zip(stems, images):
+        with torch.inference_mode():
+            ids = predict(model, normalise(image)[None].to(args.device))
+        ids, picture = ids.byte().cpu().numpy(), image.permute(1, 2, 0).numpy()
+        colours = colourise(ids, info.palette)
+        overlay = (0.5 * picture + 0.5 * colours).astype(np.uint8)
+        Image.fromarray(ids).save(out / f"{stem}_ids.png")
+        Image.fromarray(colours).save(out / f"{stem}_colour.png")
+        width = max(overlay.shape[1], 200)  # a legend needs some room
+        overlay = np.pad(overlay, ((0, 0), (0, width - overlay.shape[1]), (0, 0)),
+                         constant_values=255)
+        Image.fromarray(np.concatenate([overlay, legend(info, width)])
+                        ).save(out / f"{stem}_overlay.png")
+        print(f"{stem}: {', '.join(info.classes[i] for i in np.unique(ids))} -> "
+              f"{out}/{stem}_{{ids,colour,overlay}}.png")
+
+
+# --- explain -------------------------------------------------------------------------
+
+
+def command_explain(args) -> None:
+    """The key figure of the checkpoint's paper, drawn from its own tensors."""
+    checkpoint = load_checkpoint(args.checkpoint)
+    if args.image:
+        image = data.read_image(Path(args.image))
+    else:
+        image, _ = data.open_dataset(
+            checkpoint["dataset"], "val", root=checkpoint["data_root"],
+            difficulty=checkpoint["difficulty"]).load(args.index)
+    module, _ = load_method(checkpoint["method"])
+    normalise = data.normaliser(checkpoint["mean"], checkpoint["std"])
+    figure = module.explain(restore(checkpoint), normalise(image)[None],
+                            palette=checkpoint["palette"])
+    figure.savefig(args.out, dpi=100)
+    print(f"{checkpoint['method']} explains itself in {args.out}")
+
+
+# --- cost ----------------------------------------------------------------------------
+
+
+def cost_rows(names: list[str]) -> list[dict]:
+    """Ours beside the published figure, for every row that states a cost."""
+    rows = []
+    for name in names:
+        method, _, variant = name.partition(":")
+        module, _ = load_method(name)
+        for row in module.PUBLISHED:
+            if row["gmacs"] is None or (variant and row["variant"] != variant):
+                continue
+            cost = count_cost(f"{method}:{row['variant']}", row["classes"], row["size"],
+                              backbone=row["backbone"])
+            pairs = {"total": (cost["total"]["gmacs"], row["gmacs"]),
+                     "decoder": (cost["decoder"]["gmacs"], row.get("decoder")),
+                     "params": (cost["total"]["params"], row.get("params"))}
+            rows.append({
+                "method": f"{method}:{row['variant']}", "table": row["table"],
+                "backbone": row["backbone"], "size": row["size"],
+                "classes": row["classes"], "why": row.get("why", ""), "parts": cost,
+                "compared": {key: {"ours": ours, "published": theirs,
+                                   "difference": ours / theirs - 1}
+                             for key, (ours, theirs) in pairs.items() if theirs}})
+    return rows
+
+
+def command_cost(args) -> None:
+    """GMACs (multiply-adds; the papers' "GFLOPs") and parameters, by part.
+
+    Parameters include the auxiliary head, GMACs do not: it is gone in evaluation.
+    """
+    rows = cost_rows(args.methods or methods())
+    if args.json:
+        return print(json.dumps(rows, indent=1))
+    print(f"{'table':<6}{'method':<27}{'backbone':<17}{'H x W':<11}{'K':>4}"
+          f"{'encoder':>9}{'context':>9}{'decoder':>9}{'total':>9}{'params':>9}"
+          "   published (difference)")
+    for row in rows:
+        size, parts = "{}x{}".format(*row["size"]), row["parts"]
+        gmacs = "".join(f"{parts[p]['gmacs']:>9.2f}" for p in (*PARTS[:3], "total"))
+        shown = ", ".join(f"{key} {c['published']} ({c['difference']:+.2%})"
+                          for key, c in row["compared"].items())
+        print(f"{row['table']:<6}{row['method']:<27}{row['backbone']:<17}{size:<11}"
+              f"{row['classes']:>4}{gmacs}{parts['total']['params']:>8.2f}M   {shown}"
+              f"{'  ! ' + row['why'] if row['why'] else ''}")
+
+
+# --- table ---------------------------------------------------------------------------
+
+
+def run_row(folder: Path) -> dict:
+    """What one run says of itself: method, cost, last and best mIoU, speed."""
+    checkpoint = load_checkpoint(folder / "last.pt")
+    size = checkpoint["recipe"]["crop"]
+    cost = count_cost(checkpoint["method"], len(checkpoint["classes"]), tuple(size),
+                      backbone=checkpoint["backbone"], **checkpoint["options"])["total"]
+    with open(folder / "log.csv") as file:
+        speeds = [float(r["images_per_s"]) for r in csv.DictReader(file)
+                  if r["images_per_s"]]
+    return {"method": checkpoint["method"], "dataset": checkpoint["dataset"],
+            "backbone": checkpoint["backbone"], "init": checkpoint["options"].get("init", ""),
+            "iterations": checkpoint["iteration"], "params": cost["params"],
+            "gmacs": cost["gmacs"], "size": size, "seed": checkpoint["seed"],
+            "miou": checkpoint["miou"],
+            "images_per_s": float(np.median(speeds)) if speeds else float("nan")}
+
+
+def command_table(args) -> None:
+    """Markdown to the screen, csv with --csv: one line per configuration, over seeds."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in map(run_row, map(Path, args.runs)):
+        key = tuple(str(row[k]) for k in ("method", "dataset", "backbone", "init",
+                                          "iterations"))
+        groups.setdefault(key, []).append(row)
+    table = []
+    for rows in groups.values():
+        scores = [r["miou"] for r in sorted(rows, key=lambda r: r["seed"])]
+        spread = f" ± {np.std(scores, ddof=1):.4f}" if len(scores) > 1 else ""
+        first = rows[0]
+        name = first["method"] + (f" (init={first['init']})" if first["init"] else "")
+        table.append({
+            "method": name, "dataset": first["dataset"], "backbone": first["backbone"],
+            "steps": first["iterations"], "params (M)": f"{first['params']:.2f}",
+            "GMACs": "{:.2f} at {}x{}".format(first["gmacs"], *first["size"]),
+            "mIoU": f"{np.mean(scores):.4f}{spread}", "n": len(scores),
+            "each seed": " ".join(f"{s:.4f}" for s in scores),
+            "img/s": f"{np.median([r['images_per_s'] for r in rows]):.1f}"})
+    print("| " + " | ".join(table[0]) + " |")
+    print("|" + "---|" * len(table[0]))
+    for row in table:
+        print("| " + " | ".join(map(str, row.values())) + " |")
+    if args.csv:
+        with open(args.csv, "w", newline="") as file:
+            writer = csv.DictWriter(file, table[0])
+            writer.writeheader()
+            writer.writerows(table)
+
+
+# --- Command line --------------------------------------------------------------------
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    commands = parser.add_subparsers(required=True, metavar="score|predict|explain|cost|table")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+    score = commands.add_parser("score", parents=[common], help=command_score.__doc__)
+    score.add_argument("checkpoint", help="a run folder (its best.pt) or a .pt file")
+    score.add_argument("--dataset", help="default: the one it was trained on")
+    score.add_argument("--data-root", metavar="DIR", help="default: as in training")
+    score.add_argument("--split", default="val", help="default val")
+    score.add_argument("--workers", type=int, default=2, help="loader processes (2)")
+    score.add_argument("--amp", choices=("off", "bf16"), default="off")
+    score.set_defaults(command=command_score)
+
+    shown = commands.add_parser("predict", parents=[common],
+                                help="label your own pictures")
+    shown.add_argument("checkpoint")
+    shown.add_argument("images", nargs="+")
+    shown.add_argument("--out", required=True, metavar="DIR")
+    shown.set_defaults(command=command_predict)
+
+    explain = commands.add_parser("explain", help=command_explain.__doc__)
+    explain.add_argument("checkpoint")
+    explain.add_argument("image", nargs="?", help="default: one of the validation split")
+    explain.add_argument("--index", type=int, default=0, help="which of them (0)")
+    explain.add_argument("--out", default="explain.png", metavar="FILE")
+    explain.set_defaults(command=command_explain)
+
+    cost = commands.add_parser("cost", help="parameters and GMACs beside the papers'")
+    cost.add_argument("methods", nargs="*", help="as nrd or nrd:bilinear; default all")
+    cost.add_argument("--json", action="store_true", help="machine-readable, every part")
+    cost.set_defaults(command=command_cost)
+
+    table = commands.add_parser("table", help="one line per configuration of some runs")
+    table.add_argument("runs", nargs="+")
+    table.add_argument("--csv", metavar="FILE", help="also write it there")
+    table.set_defaults(command=command_table)
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> int:
+    args = parse(argv)
+    with show_errors(args.debug):
+        args.command(args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""score, predict, cost and table, from the command line's functions."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+import data
+import evaluate
+import train
+from conftest import run, save
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of three steps on six streets: enough to be scored and predicted with."""
+    folder = tmp_path_factory.mktemp("run")
+    before, data.Streets.sizes = data.Streets.sizes, {"train": 6, "val": 3}
+    miou = train.train(train.parse(
+        ["--batch", "2", "--crop", "64", "96", "--set", "channels=16", "--iterations", "3",
+         "--workers", "0", "--eval-every", "3", "--out", str(folder)]))
+    yield folder, miou
+    data.Streets.sizes = before
+
+
+def call(*argv):
+    return evaluate.main(list(map(str, argv)))
+
+
+def test_score_repeats_the_number_of_training(trained, capsys):
+    folder, miou = trained
+    call("score", folder, "--workers", 0)
+    said = capsys.readouterr().out
+    assert f"mIoU {miou:.4f}" in said and "3/3 images" in said
+    assert "whole image, single scale" in said, "a number without its protocol"
+    assert all(name in said for name in data.STREETS_CLASSES)
+
+
+def test_score_counts_by_hand(trained):
+    """The matrix of `score` is argmax against truth, pixel by pixel."""
+    checkpoint = evaluate.load_checkpoint(trained[0])
+    model = evaluate.restore(checkpoint)
+    dataset = data.open_dataset("streets", "val")
+    matrix = evaluate.score_dataset(model, dataset, device="cpu")
+    counts = np.zeros((11, 11), int)
+    for i in range(len(dataset)):
+        image, labels = dataset.load(i)
+        with torch.no_grad():
+            guess = model(data.NORMALISE(image)[None])["out"][0].argmax(0)
+        np.add.at(counts, (labels.numpy().ravel(), guess.numpy().ravel()), 1)
+    assert np.array_equal(matrix.counts.numpy(), counts)
+
+
+def test_predict_takes_any_picture(trained, tmp_path):
+    """RGBA, grey, EXIF-rotated, odd and tiny ones; ids, colours and overlay come out."""
+    rng = np.random.default_rng(0)
+    save(tmp_path / "rgba.png", rng.integers(0, 256, (65, 97, 4), dtype=np.uint8))
+    save(tmp_path / "grey.png", rng.integers(0, 256, (40, 33), dtype=np.uint8))
+    save(tmp_path / "tiny.png", rng.integers(0, 256, (9, 20, 3), dtype=np.uint8))
+    turned = Image.fromarray(rng.integers(0, 256, (60, 90, 3), dtype=np.uint8))
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    sizes = {"rgba": (97, 65), "grey": (33, 40), "tiny": (20, 9), "turned": (60, 90)}
+    call("predict", trained[0] / "best.pt", *sorted(tmp_path.glob("*.*g")),
+         "--out", tmp_path / "out")
+    palette = np.array(evaluate.load_checkpoint(trained[0])["palette"])
+    for name, size in sizes.items():
+        ids = Image.open(tmp_path / "out" / f"{name}_ids.png")
+        colours = Image.open(tmp_path / "out" / f"{name}_colour.png")
+        assert ids.size == colours.size == size and ids.mode == "L", name
+        assert np.array_equal(np.array(colours), palette[np.array(ids)]), name
+        overlay = Image.open(tmp_path / "out" / f"{name}_overlay.png")
+        assert overlay.size[1] > size[1], "no legend below the overlay"
+
+
+def test_a_mistyped_checkpoint_is_an_error_not_a_random_model(trained, tmp_path):
+    done = run("evaluate.py", "score", tmp_path / "bset.pt")
+    assert done.returncode == 2 and "no checkpoint" in done.stderr
+    assert "Traceback" not in done.stderr and "mIoU" not in done.stdout
+    whole = (trained[0] / "best.pt").read_bytes()
+    for name, content in (("half.pt", whole[:len(whole) // 2]), ("empty.pt", b"")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(common.UserError, match="damaged or not a checkpoint"):
+            evaluate.load_checkpoint(tmp_path / name)
+    torch.save({"weights": torch.ones(1)}, tmp_path / "other.pt")
+    with pytest.raises(common.UserError, match="not a checkpoint of this train.py"):
+        evaluate.load_checkpoint(tmp_path / "other.pt")
+
+
+# Rows whose printed figure has two digits: 1 % is finer than its rounding.
+ROUNDED = {("nrd:bilinear", "decoder")}
+
+
+def test_every_published_cost_is_reproduced():
+    """Within 1 % of the paper, or the row says why not (NRD Tables 1, 3, 5, 6, 7)."""
+    rows = evaluate.cost_rows(common.methods())
+    assert len(rows) >= 16
+    for row in rows:
+        for key, c in row["compared"].items():
+            digits = len(str(c["published"]).partition(".")[2])
+            close = abs(c["difference"]) <= 0.01
+            if (row["method"], key) in ROUNDED:
+                close = round(c["ours"], digits) == c["published"]
+            assert close or row["why"], (row["method"], row["table"], key, c)
+    exact = {(r["method"], r["table"]) for r in rows if not r["why"]}
+    assert {("nrd:deeplabv3plus", "1"), ("nrd:default", "1"), ("nrd:bilinear", "1"),
+            ("nrd:no-guidance-published", "1"), ("nrd:default", "5"), ("nrd:default", "6"),
+            ("nrd:default", "7"), ("deeplabv3plus:dilated", "NRD 5")} <= exact
+
+
+def test_cost_speaks_json(capsys):
+    call("cost", "nrd:bilinear", "--json")
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["parts"]["encoder"]["gmacs"] == pytest.approx(180.84, abs=0.01)
+    assert row["compared"]["total"]["published"] == 215.5
+
+
+def test_table_averages_over_seeds(trained, tmp_path, capsys):
+    call("table", trained[0], trained[0], "--csv", tmp_path / "t.csv")
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 3 and f"{trained[1]:.4f} ± 0.0000" in said[2]
+    assert (tmp_path / "t.csv").read_text().startswith("method,")
+
+
+def test_explain_draws_the_figure_of_the_paper(trained, tmp_path):
+    call("explain", trained[0], "--index", 2, "--out", tmp_path / "e.png")
+    assert Image.open(tmp_path / "e.png").size[0] > 1000
+    bilinear = common.build_model("nrd:bilinear", 3, backbone="resnet18", channels=8)
+    import nrd
+    with pytest.raises(common.UserError, match="has no g"):
+        nrd.explain(bilinear.eval(), torch.randn(1, 3, 64, 64))

@@ -1,0 +1,198 @@
+"""Training from the command line: recipes, runs, resume, faults."""
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import data
+import train
+from common import UserError, build_model, segmentation_loss
+from conftest import ROOT, draw_tree, run
+
+TINY = ["--batch", "2", "--crop", "64", "96", "--set", "channels=16", "--workers", "0",
+        "--log-every", "1", "--warmup", "2"]
+
+
+def launch(*argv):
+    """train.py inside this process; the folder and what it returned."""
+    args = train.parse(list(map(str, argv)))
+    return train.train(args)
+
+
+@pytest.fixture(autouse=True)
+def few_images(monkeypatch):
+    monkeypatch.setattr("data.Streets.sizes", {"train": 6, "val": 2})
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)
+
+
+def test_a_run_leaves_everything_it_promises(tmp_path, capsys):
+    """config, log, curves, samples, last and best; the number printed is the one stored."""
+    miou = launch(*TINY, "--iterations", 4, "--eval-every", 2, "--out", tmp_path)
+    printed = capsys.readouterr().out
+    assert f"mIoU {miou:.4f}" in printed and "2/2 images" in printed
+    for name in ("config.json", "log.csv", "curves.png", "samples.png", "last.pt", "best.pt"):
+        assert (tmp_path / name).stat().st_size > 0, name
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["recipe"]["iterations"] == {"value": 4, "source": "command line"}
+    assert config["recipe"]["lr"]["source"] == "ours"
+    state = weights(tmp_path / "last.pt")  # loads with weights_only: tensors, primitives
+    assert state["iteration"] == 4 and state["miou"] == miou
+    assert len(state["classes"]) == len(state["palette"]) == 11
+    rows = list(csv.DictReader(open(tmp_path / "log.csv")))
+    assert [int(r["iteration"]) for r in rows if r["loss"]] == [1, 2, 3, 4]
+    assert [int(r["iteration"]) for r in rows if r["miou"]] == [2, 4]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_is_bit_exact(tmp_path, workers):
+    """Weights, momentum and log after 2 + 2 steps equal those after 4, to the last bit."""
+    shared = [*TINY, "--iterations", 4, "--eval-every", 2, "--workers", workers]
+    launch(*shared, "--out", tmp_path / "whole")
+
+    def die(*_, **__):
+        raise KeyboardInterrupt
+    original = train.learning_rate
+    train.learning_rate = lambda i, *rest: die() if i == 3 else original(i, *rest)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            launch(*shared, "--out", tmp_path / "cut")
+    finally:
+        train.learning_rate = original
+    assert weights(tmp_path / "cut" / "last.pt")["iteration"] == 2
+    launch("--resume", tmp_path / "cut")
+    whole, cut = (weights(tmp_path / name / "last.pt") for name in ("whole", "cut"))
+    for key, tensor in whole["model"].items():
+        assert torch.equal(tensor, cut["model"][key]), f"{key} differs after resume"
+    for i, buffers in whole["optimizer"]["state"].items():
+        assert torch.equal(buffers["momentum_buffer"],
+                           cut["optimizer"]["state"][i]["momentum_buffer"])
+    columns = ("iteration", "lr", "loss", "miou")
+    logs = [[[row[c] for c in columns] for row in csv.DictReader(open(p / "log.csv"))]
+            for p in (tmp_path / "whole", tmp_path / "cut")]
+    assert logs[0] == logs[1], "the log has doubled, lost or different rows"
+
+
+def test_kill_9_loses_only_the_steps_since_the_last_save(tmp_path):
+    """SIGKILL in mid-run: last.pt is whole, nothing half-written, and the run goes on."""
+    out = tmp_path / "killed"
+    argv = [sys.executable, ROOT / "train.py", *TINY, "--iterations", "400",
+            "--eval-every", "2", "--out", out]
+    process = subprocess.Popen(list(map(str, argv)), stdout=subprocess.DEVNULL)
+    deadline = time.time() + 90
+    while not (out / "last.pt").exists() and time.time() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    saved = weights(out / "last.pt")["iteration"]
+    assert saved % 2 == 0 and weights(out / "best.pt")["format"] == 1
+    args = train.parse(["--resume", str(out)])
+    assert train.resume_point(args)["iteration"] == saved
+    assert args.iterations == 400 and args.batch == 2, "the run's own settings come back"
+
+
+def test_an_interrupted_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    """An error in the middle of torch.save: old file byte for byte, no rubbish left."""
+    path = tmp_path / "last.pt"
+    train.save_checkpoint({"format": 1, "x": torch.ones(3)}, path)
+    before = path.read_bytes()
+
+    def half(state, file):
+        file.write(b"half a checkpoint")
+        raise OSError("disk full")
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError):
+        train.save_checkpoint({"format": 1, "x": torch.zeros(3)}, path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_resume_refuses_another_recipe(tmp_path):
+    launch(*TINY, "--iterations", 2, "--out", tmp_path)
+    with pytest.raises(UserError, match="changed: lr: None -> 0.5"):
+        launch("--resume", tmp_path, "--lr", "0.5")
+
+
+def test_schedule_warms_up_and_decays_to_min_lr():
+    values = {"lr": 0.1, "min_lr": 1e-4, "power": 0.9, "warmup": 10}
+    rates = [train.learning_rate(i, values, 100) for i in range(100)]
+    assert rates[0] == pytest.approx(0.01, rel=0.01) and max(rates) == rates[9]
+    assert rates[-1] < 0.003 and sorted(rates[9:], reverse=True) == rates[9:]
+    assert train.learning_rate(50, values, 100) == pytest.approx(
+        (0.1 - 1e-4) * 0.5**0.9 + 1e-4)
+
+
+@pytest.mark.parametrize("method", ["nrd", "nrd:bilinear", "deeplabv3plus"])
+def test_a_batch_can_be_learned_by_heart(method):
+    """40 SGD steps on the same two streets: the loss falls below half of its start."""
+    dataset = data.open_dataset("streets", "train")
+    images, labels = map(torch.stack, zip(*(dataset.load(i) for i in range(2))))
+    images, model = data.NORMALISE(images), build_model(method, 11, backbone="resnet18",
+                                                        channels=32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    losses = []
+    for _ in range(40):
+        loss, terms = segmentation_loss(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(terms["out"].item())
+    assert losses[-1] < 0.5 * losses[0], losses
+
+
+def test_paper_recipe_beats_ours_and_command_line_beats_both():
+    recipe = train.make_recipe(train.parse(["--dataset", "cityscapes"]))
+    assert recipe["lr"] == (0.01, "paper, Sec. 3") and recipe["crop"][0] == (512, 1024)
+    assert recipe["iterations"][0] == 84_000 and "channels" not in recipe
+    recipe = train.make_recipe(train.parse(["--dataset", "cityscapes", "--lr", "0.02"]))
+    assert recipe["lr"] == (0.02, "command line")
+    assert train.make_recipe(train.parse([]))["lr"][1] == "ours"
+
+
+@pytest.mark.parametrize("method", ["nrd", "deeplabv3plus"])
+def test_cityscapes_trains_on_the_distributed_layout(tmp_path, method):
+    """The real command on a drawn tree, made small; 19 classes, weights from nowhere."""
+    root = draw_tree(tmp_path / "data", "cityscapes", size=(128, 256))
+    done = run("train.py", "--method", method, "--dataset", "cityscapes", "--data-root", root,
+               "--weights", "none", "--backbone", "resnet18", "--iterations", 2, "--batch", 2,
+               "--crop", 64, 64, "--set", "channels=16", "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "of 19 classes present" in done.stdout and "2/2 images" in done.stdout
+
+
+@pytest.mark.parametrize("argv, sentence", [
+    (["--set", "hiden=3"], "has no option 'hiden'"),
+    (["--method", "nrdd"], "unknown method 'nrdd'"),
+    (["--dataset", "camvid", "--data-root", "/nowhere"], "no folder /nowhere"),
+    (["--dataset", "moon"], "unknown data set 'moon'"),
+    (["--batch", "1"], "needs at least two images"),
+    (["--resume", "runs/none"], "no checkpoint runs/none/last.pt"),
+    (["--batch", "1000"], "larger than the training set"),
+    (["--weights", "imagnet"], "no such file"),
+    (["--backbone", "resnet19"], "unknown backbone"),
+])
+def test_mistakes_end_in_one_sentence_and_code_2(argv, sentence, capsys):
+    """No traceback, exit code 2, before the first step."""
+    with pytest.raises(SystemExit) as stop:
+        train.main(argv)
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and sentence in said.err, said.err
+    assert "Traceback" not in said.err and "loss" not in said.out
+
+
+def test_illegal_label_stops_before_the_first_step(tmp_path):
+    """A mask of the wrong data set: file, values and cause on one line, exit code 2."""
+    root = draw_tree(tmp_path, "camvid")
+    bad = root / "trainannot" / "0001.png"
+    from PIL import Image
+    Image.new("L", (96, 64), 77).save(bad)
+    done = run("train.py", "--dataset", "camvid", "--data-root", root, "--batch", 2)
+    assert done.returncode == 2 and done.stderr.startswith("error: ")
+    assert f"{bad}: illegal label values 77" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
