@@ -40,13 +40,15 @@ class UserError(Exception):
 
 def conv_bn_relu(in_channels: int, out_channels: int, kernel: int = 3, *, stride=1,
                  dilation=1, groups=1, relu=True) -> nn.Sequential:
-    """Convolution without bias, batch norm, ReLU; an odd kernel keeps ceil(size/stride)."""
+    """Convolution without bias, batch norm, ReLU; gives ceil(size / stride)."""
     layers = [
         nn.Conv2d(in_channels, out_channels, kernel, stride=stride, dilation=dilation,
                   padding=dilation * (kernel // 2), groups=groups, bias=False),
         nn.BatchNorm2d(out_channels),
     ]
-    return nn.Sequential(*layers, nn.ReLU(inplace=True)) if relu else nn.Sequential(*layers)
+    if relu:
+        layers.append(nn.ReLU(inplace=True))
+    return nn.Sequential(*layers)
 
 
 def separable_conv(in_channels: int, out_channels: int, *, dilation=1) -> nn.Sequential:
@@ -91,7 +93,7 @@ def split_backbone(backbone: str) -> tuple[str, tuple[int, ...] | None]:
 
 
 def replace_stem(net: nn.Module, widths: tuple[int, ...]) -> None:
-    """Three 3x3 convolutions in the place of torchvision's 7x7, the first with stride 2.
+    """Three 3x3 convolutions in the place of the 7x7, the first with stride 2.
 
     Submodule names (conv1.0, conv1.1, ...) are those of the common weight files.
     """
@@ -135,8 +137,8 @@ def imagenet_weights(backbone: str) -> dict[str, Tensor]:
     except OSError as error:  # URLError is an OSError
         folder = Path(torch.hub.get_dir()) / "checkpoints"
         raise UserError(
-            f"cannot download ImageNet weights ({error}): fetch {weights.url} elsewhere, "
-            f"put it into {folder} and run again, or pass --weights none") from None
+            f"cannot download ImageNet weights ({error}): fetch {weights.url} elsewhere,"
+            f" put it into {folder} and run again, or pass --weights none") from None
 
 
 def load_weights(net: nn.Module, backbone: str, weights: str) -> str:
@@ -149,18 +151,20 @@ def load_weights(net: nn.Module, backbone: str, weights: str) -> str:
         state = torch.load(weights, map_location="cpu", weights_only=True)
         state = state.get("state_dict", state.get("model", state))
     else:
-        raise UserError(f"--weights {weights}: no such file; give imagenet, none or a file")
+        raise UserError(f"--weights {weights}: no such file; give imagenet, none or "
+                        f"a file")
     for prefix in ("module.", "backbone.", "encoder."):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
     own = {k: v for k, v in net.state_dict().items() if not k.startswith("fc.")}
-    good = {k: state[k] for k, v in own.items() if k in state and state[k].shape == v.shape}
-    missing = [k for k in own if k not in good and not k.endswith("num_batches_tracked")]
+    good = {k: state[k] for k, v in own.items()
+            if k in state and state[k].shape == v.shape}
+    missing = [k for k in own if k not in good and not k.endswith("batches_tracked")]
     if len(missing) > 0.1 * len(own):
         raise UserError(
-            f"--weights {weights}: only {len(good)} of {len(own)} tensors fit {backbone}; "
-            f"first without a match: {', '.join(missing[:3])}; is it for another backbone?")
+            f"--weights {weights}: only {len(good)} of {len(own)} tensors fit {backbone};"
+            f" no match for {', '.join(missing[:3])} ..; is it for another backbone?")
     net.load_state_dict(good, strict=False)
-    return f"{len(good)}/{len(own)} tensors from {weights}; missing: {missing or 'none'}"
+    return f"{len(good)}/{len(own)} tensors of {weights}; missing: {missing or 'none'}"
 
 
 class Encoder(nn.Module):
@@ -238,7 +242,8 @@ class ASPP(nn.Module):
 class FCNHead(nn.Module):
     """The auxiliary classifier on res4 that helps early layers learn; gone in eval."""
 
-    def __init__(self, in_channels: int, num_classes: int, *, channels=256, dropout=0.1):
+    def __init__(self, in_channels: int, num_classes: int, *, channels=256,
+                 dropout=0.1):
         super().__init__()
         self.layers = nn.Sequential(*conv_bn_relu(in_channels, channels),
                                     nn.Dropout2d(dropout),
@@ -383,6 +388,44 @@ def count_cost(spec: str, num_classes: int, size: tuple[int, int], *,
     return cost
 
 
+def published(table, variant, backbone, size, classes, gmacs, **more) -> dict:
+    """One row of a paper's table: GMACs of the whole network at `size`, mIoU in %."""
+    return {"table": table, "variant": variant, "backbone": backbone, "size": size,
+            "classes": classes, "gmacs": gmacs, **more}
+
+
+def print_costs(method: str, size: tuple[int, int], *, backbone="resnet50c") -> None:
+    """The cost of every variant of a method on one encoder, for its demo."""
+    print(f"{'variant':<24}{'decoder GMACs':>15}{'total GMACs':>13}{'params':>9}"
+          f"   at {size[0]}x{size[1]}, {backbone}, 19 classes")
+    for variant in load_method(method)[0].VARIANTS:
+        cost = count_cost(f"{method}:{variant}", 19, size, backbone=backbone)
+        print(f"{variant:<24}{cost['decoder']['gmacs']:>15.2f}"
+              f"{cost['total']['gmacs']:>13.2f}{cost['total']['params']:>8.2f}M")
+
+
+# --- Pictures of tensors -------------------------------------------------------------
+
+
+def show(axis, picture: Tensor, title: str) -> None:
+    """One tensor (h, w) or (h, w, 3) on a matplotlib axis, without interpolation."""
+    axis.imshow(picture.numpy(), interpolation="nearest")
+    axis.set_title(title, fontsize=8)
+    axis.axis("off")
+
+
+def viewable(x: Tensor) -> Tensor:
+    """(3, h, w) of any range to (h, w, 3) in 0..1."""
+    low, high = x.amin(), x.amax()
+    return ((x - low) / (high - low).clamp(min=1e-6)).permute(1, 2, 0)
+
+
+def label_colours(palette, num_classes: int) -> Tensor:
+    """RGB per class (K, 3), made up if the data set gives none."""
+    made_up = [[37 * c % 256, 91 * c % 256, 173 * c % 256] for c in range(num_classes)]
+    return torch.tensor(made_up if palette is None else palette)
+
+
 # --- build_model ---------------------------------------------------------------------
 
 
@@ -415,20 +458,20 @@ def method_options(spec: str) -> dict:
     """All options that `--set` may change for this method, with their defaults."""
     module, variant = load_method(spec)
     fixed = ("num_classes", "backbone", "weights")
-    defaults = {key: p.default for key, p in inspect.signature(module.build).parameters.items()
-                if key not in fixed}
+    parameters = inspect.signature(module.build).parameters
+    defaults = {key: p.default for key, p in parameters.items() if key not in fixed}
     return defaults | variant
 
 
 def parse_options(spec: str, pairs: list[str]) -> dict:
-    """['hidden_channels=32', ...] -> {'hidden_channels': 32}, names and types checked."""
+    """['hidden_channels=32'] -> {'hidden_channels': 32}, names and types checked."""
     known, options = method_options(spec), {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or key not in known:
             raise UserError(
-                f"--set {pair}: {spec} has no option {key!r}{did_you_mean(key, known)}; "
-                f"it has: {', '.join(f'{k}={v!r}' for k, v in known.items())}")
+                f"--set {pair}: {spec} has no option {key!r}{did_you_mean(key, known)};"
+                f" it has: {', '.join(f'{k}={v!r}' for k, v in known.items())}")
         try:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError):

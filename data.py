@@ -2,7 +2,7 @@
 
     open_dataset("streets", "train")               drawn on the fly, nothing on disk
     open_dataset("camvid", "val", root=DIR)        SegNet's layout, as distributed
-    open_dataset("cityscapes", "train", root=DIR)  as distributed, labelIds read directly
+    open_dataset("cityscapes", "train", root=DIR)  as distributed, no preparation
     open_dataset("folder", "train", root=DIR)      your own images and masks
 
 Contract: a data set gives images (3, H, W) uint8 and labels (H, W) uint8 with class
@@ -79,7 +79,7 @@ class Streets:
 
     def __init__(self, split: str, *, difficulty: float):
         if split not in self.sizes:
-            raise UserError(f"streets has the splits {', '.join(self.sizes)}, not {split!r}")
+            raise UserError(f"streets has splits {', '.join(self.sizes)}, not {split!r}")
         self.info = Info("streets", STREETS_CLASSES, STREETS_PALETTE)
         self.split, self.difficulty = split, difficulty
 
@@ -107,13 +107,13 @@ def open_image(path: Path) -> Image.Image:
         image.load()
         return image
     except UnidentifiedImageError:
-        raise UserError(f"{path}: not an image (empty, or another kind of file)") from None
+        raise UserError(f"{path}: not an image (empty, or another format)") from None
     except (OSError, SyntaxError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); truncated download?") from None
+        raise UserError(f"{path}: unreadable ({error}); truncated download?") from None
 
 
 def read_image(path: Path) -> Tensor:
-    """Any image as RGB (3, H, W) uint8: grey, palette, RGBA and EXIF-rotated included."""
+    """Any image, grey, palette, RGBA or EXIF-rotated, as RGB (3, H, W) uint8."""
     image = ImageOps.exif_transpose(open_image(path)).convert("RGB")
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
@@ -125,13 +125,11 @@ def read_mask(path: Path) -> np.ndarray:
     """
     mask = open_image(path)
     if mask.mode not in ("L", "P", "1"):
-        raise UserError(f"{path}: mask has mode {mask.mode}, expected one 8-bit channel of "
-                        f"class ids (L or P); it looks like a {guess_mode(mask.mode)}")
+        deep = mask.mode.startswith(("I", "F"))
+        raise UserError(
+            f"{path}: mask has mode {mask.mode}, expected one 8-bit channel of class ids "
+            f"(L or P); a {'16- or 32-bit' if deep else 'colour-coded'} mask?")
     return np.array(mask, dtype=np.uint8)
-
-
-def guess_mode(mode: str) -> str:
-    return "16- or 32-bit mask" if mode.startswith(("I", "F")) else "colour-coded mask"
 
 
 def map_labels(raw: np.ndarray, lut: np.ndarray, path: Path) -> np.ndarray:
@@ -146,7 +144,7 @@ def map_labels(raw: np.ndarray, lut: np.ndarray, path: Path) -> np.ndarray:
         listed = ", ".join(f"{v} ({counts[v]} px)" for v in bad[:6])
         legal = np.flatnonzero(lut >= 0)
         raise UserError(
-            f"{path}: illegal label values {listed}{' ...' if len(bad) > 6 else ''}; legal "
+            f"{path}: illegal label values {listed}{' ..' if len(bad) > 6 else ''}; legal "
             f"are {legal[0]}..{legal[legal < 255].max()} and 255; "
             f"{likely_cause(np.flatnonzero(counts))}")
     return lut.astype(np.uint8)[raw]
@@ -161,7 +159,7 @@ def likely_cause(values: np.ndarray) -> str:
 
 
 def make_lut(mapping: dict[int, int]) -> np.ndarray:
-    """{raw value: class id} -> int16 table of 256; values not named are illegal (-1)."""
+    """{raw value: class id} -> int16 table of 256; unnamed values are illegal (-1)."""
     lut = np.full(256, -1, dtype=np.int16)
     for raw, label in mapping.items():
         lut[raw] = label
@@ -173,8 +171,8 @@ def make_lut(mapping: dict[int, int]) -> np.ndarray:
 CAMVID_CLASSES = ("sky", "building", "pole", "road", "pavement", "tree", "sign symbol",
                   "fence", "car", "pedestrian", "bicyclist")
 CAMVID_PALETTE = ((128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128),
-                  (0, 0, 192), (128, 128, 0), (192, 128, 128), (64, 64, 128), (64, 0, 128),
-                  (64, 64, 0), (0, 128, 192))
+                  (0, 0, 192), (128, 128, 0), (192, 128, 128), (64, 64, 128),
+                  (64, 0, 128), (64, 64, 0), (0, 128, 192))
 TREES = {
     "camvid": "{root}/{split}/NAME.png  {root}/{split}annot/NAME.png",
     "cityscapes": "{root}/leftImg8bit/{split}/CITY/NAME_leftImg8bit.png  "
@@ -186,7 +184,7 @@ TREES = {
 
 def find_pairs(dataset: str, root: Path, split: str, images: list[Path],
                mask_of) -> list[tuple[Path, Path]]:
-    """Pair every image with its mask; nothing found, or anything unpaired, is an error."""
+    """Pair every image with its mask; nothing found or unpaired is an error."""
     tree = TREES[dataset].format(root=root, split=split).replace("  ", "\n  ")
     if not images:
         raise UserError(f"{dataset}: no images for split {split!r} below {root}; "
@@ -194,8 +192,8 @@ def find_pairs(dataset: str, root: Path, split: str, images: list[Path],
     pairs = [(path, mask_of(path)) for path in sorted(images)]
     lost = [str(mask) for _, mask in pairs if not mask.is_file()]
     if lost:
-        raise UserError(f"{dataset} {split}: {len(lost)} of {len(pairs)} images have no "
-                        f"mask, first: {', '.join(lost[:5])}; expected:\n  {tree}")
+        raise UserError(f"{dataset} {split}: {len(lost)} of {len(pairs)} images have "
+                        f"no mask, first: {', '.join(lost[:5])}; expected:\n  {tree}")
     return pairs
 
 
@@ -228,7 +226,8 @@ def open_cityscapes(root: Path, split: str) -> Files:
     lut = make_lut({c.id: c.train_id if 0 <= c.train_id < 19 else IGNORE_INDEX
                     for c in Cityscapes.classes if c.id >= 0} | {255: IGNORE_INDEX})
     masks, kind = root / "gtFine" / split, "labelIds"
-    if not any(masks.glob("*/*_labelIds.png")) and any(masks.glob("*/*_labelTrainIds.png")):
+    present = lambda name: any(masks.glob(f"*/*_{name}.png"))
+    if present("labelTrainIds") and not present("labelIds"):
         kind, lut = "labelTrainIds", make_lut({i: i for i in range(19)} | {255: 255})
     images = images_in(root / "leftImg8bit" / split, "*/*_leftImg8bit.png")
     pairs = find_pairs(
@@ -247,15 +246,16 @@ def open_folder(root: Path, split: str) -> Files:
     images = images_in(root / split / "images")
     orphans = sorted(set(masks) - {p.stem for p in images})
     if images and orphans:
-        raise UserError(f"folder {split}: masks without an image: {', '.join(orphans[:5])}")
-    pairs = find_pairs("folder", root, split, images,
-                       lambda p: masks.get(p.stem, root / split / "masks" / f"{p.stem}.png"))
+        raise UserError(f"folder {split}: masks without an image: "
+                        f"{', '.join(orphans[:5])}")
+    pairs = find_pairs("folder", root, split, images, lambda p: masks.get(
+        p.stem, root / split / "masks" / f"{p.stem}.png"))
     names, colours = read_classes(root)
     lut = make_lut({i: i for i in range(len(names))} | {255: IGNORE_INDEX})
     return Files(Info("folder", names, colours), pairs, lut)
 
 
-def read_classes(root: Path) -> tuple[tuple[str, ...], tuple[tuple[int, int, int], ...]]:
+def read_classes(root: Path) -> tuple[tuple, tuple]:
     """Names and colours from classes.txt, or made up from the training masks' ids."""
     path = root / "classes.txt"
     if not path.is_file():
@@ -284,7 +284,8 @@ def open_dataset(name: str, split: str, *, root: str | None = None, difficulty=0
     if name == "streets":
         return Streets(split, difficulty=difficulty)
     if name not in DATASETS:
-        raise UserError(f"unknown data set {name!r}; known: streets, {', '.join(DATASETS)}")
+        raise UserError(f"unknown data set {name!r}; known: streets, "
+                        f"{', '.join(DATASETS)}")
     if root is None or not Path(root).is_dir():
         tree = TREES[name].format(root="DIR", split=split).replace("  ", "\n  ")
         what = "needs --data-root DIR" if root is None else f"no folder {root}"
@@ -293,7 +294,7 @@ def open_dataset(name: str, split: str, *, root: str | None = None, difficulty=0
 
 
 def check_some(dataset, *, count: int = 64) -> None:
-    """Load evenly spaced samples, so that a wrong data set fails before the first step."""
+    """Load evenly spaced samples: a wrong data set must fail before the first step."""
     step = max(1, len(dataset) // count)
     for index in range(0, len(dataset), step):
         dataset.load(index)
@@ -320,7 +321,8 @@ def random_crop(image: Tensor, labels: Tensor, size: tuple[int, int], *,
     This is mmsegmentation's cat_max_ratio: less of nothing but road. Images that are
     too small are padded: with the mean colour, and with 255 in the labels.
     """
-    fill = {tv_tensors.Image: [round(255 * m) for m in MEAN], tv_tensors.Mask: IGNORE_INDEX}
+    fill = {tv_tensors.Image: [round(255 * m) for m in MEAN],
+            tv_tensors.Mask: IGNORE_INDEX}
     crop = v2.RandomCrop(size, pad_if_needed=True, fill=fill)
     for _ in range(tries):
         cropped = crop(image, labels)

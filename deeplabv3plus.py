@@ -16,11 +16,11 @@ Dimension key
     q, r = ceil(H/4), ceil(W/4), the size of the low-level features
 
 Paper -> code
-    | Fig. 2            | DeepLabv3Plus.forward        | encoder, ASPP, decoder           |
-    | Sec. 3.1, decoder | DeepLabv3PlusDecoder.forward | up, concatenate, 3x3, 3x3, 1x1   |
-    | Sec. 3.1, encoder | build                        | output stride 16 or 8, rates     |
-    | Sec. 3.1, eq. (1) | atrous_convolution           | y_i = sum_k x_(i + r k) w_k      |
-    | Sec. 4.1, 48      | build                        | 1x1 to 48, [3x3, 256] twice      |
+    | Fig. 2            | DeepLabv3Plus.forward        | encoder, ASPP, decoder |
+    | Sec. 3.1, decoder | DeepLabv3PlusDecoder.forward | up, concatenate, 3x3, 3x3, 1x1 |
+    | Sec. 3.1, encoder | build                        | output stride 16 or 8, rates |
+    | Sec. 3.1, eq. (1) | atrous_convolution           | y_i = sum_k x_(i + r k) w_k |
+    | Sec. 4.1, 48      | build                        | 1x1 to 48, [3x3, 256] twice |
 
 Notes (paper says / official code does / we do / effect)
     N1  Width: ASPP and decoder 256, ASPP projected by 1x1 / the same; mmsegmentation,
@@ -47,7 +47,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import ASPP, Encoder, FCNHead, conv_bn_relu, separable_conv, upsample
+from common import (ASPP, Encoder, FCNHead, conv_bn_relu, label_colours, print_costs,
+                    published, separable_conv, show, upsample, viewable)
 
 # --- 1. Config -----------------------------------------------------------------------
 
@@ -74,13 +75,6 @@ RECIPES = {
         "min_lr": (1e-4, MMSEGMENTATION), "scale": ((0.5, 2.0), PAPER),
         "aux_weight": (0.4, MMSEGMENTATION)},  # [N5]
 }
-
-
-def published(table, variant, backbone, size, classes, gmacs, **more) -> dict:
-    """One row of a table: GMACs of the whole network at `size`, mIoU in per cent."""
-    return {"table": table, "variant": variant, "backbone": backbone, "size": size,
-            "classes": classes, "gmacs": gmacs, **more}
-
 
 # The DeepLabv3+ paper counts Xception models; these rows stand in NRD's paper.
 PUBLISHED = [
@@ -122,7 +116,8 @@ class DeepLabv3PlusDecoder(nn.Module):
     """
 
     def __init__(self, in_channels: int, low_channels: int, num_classes: int, *,
-                 channels=256, reduced=48, separable=True, output_stride=32, dropout=0.1):
+                 channels=256, reduced=48, separable=True, output_stride=32,
+                 dropout=0.1):
         super().__init__()
         convolution = separable_conv if separable else conv_bn_relu
         self.factor, self.stride = output_stride // 4, 4
@@ -175,8 +170,8 @@ def build(num_classes: int, *, backbone="resnet50", weights="none", channels=256
     projection      kernel of ASPP's last convolution  [N1]
     """
     encoder = Encoder(backbone, weights=weights, output_stride=output_stride)  # [N3]
-    context = ASPP(encoder.channels["res5"], channels, rates=atrous_rates(output_stride),
-                   separable=separable, projection=projection)
+    context = ASPP(encoder.channels["res5"], channels, separable=separable,
+                   rates=atrous_rates(output_stride), projection=projection)
     decoder = DeepLabv3PlusDecoder(
         channels, encoder.channels["res2"], num_classes, channels=channels,
         reduced=low_channels, separable=separable, output_stride=output_stride)
@@ -190,9 +185,9 @@ def build(num_classes: int, *, backbone="resnet50", weights="none", channels=256
 def explain(model: DeepLabv3Plus, image: Tensor, *, palette=None):
     """Fig. 2 from the model's own tensors: where context ends and edges begin.
 
-    image (1, 3, H, W), normalised -> matplotlib Figure with the energy (mean square over
-    channels) of the enlarged context, of the 48 low-level channels, and of what the two
-    3x3 convolutions make of both; and the labels.
+    image (1, 3, H, W), normalised -> matplotlib Figure with the energy (mean square
+    over channels) of the enlarged context, of the 48 low-level channels, and of what
+    the two 3x3 convolutions make of both; and the labels.
     """
     from matplotlib.figure import Figure
     with torch.no_grad():
@@ -202,17 +197,14 @@ def explain(model: DeepLabv3Plus, image: Tensor, *, palette=None):
         up = upsample(context, decoder.factor, low.shape[-2:])
         refined = decoder.refine(torch.cat([up, low], dim=1))
         labels = model(image)["out"][0].argmax(0)
-    x = image[0].permute(1, 2, 0)
-    pictures = {"image": (x - x.amin()) / (x.amax() - x.amin())}
-    for name, maps in (("context, enlarged", up), ("low-level, 48 channels", low),
-                       ("refined", refined)):
-        pictures[name] = maps[0].square().mean(0)
-    pictures["labels"] = labels if palette is None else torch.tensor(palette)[labels]
+    energy = lambda maps: maps[0].square().mean(0)
+    colours = label_colours(palette, decoder.classify[1].out_channels)
+    pictures = {"image": viewable(image[0]), "context, enlarged": energy(up),
+                "low-level, 48 channels": energy(low), "refined": energy(refined),
+                "labels": colours[labels]}
     figure = Figure(figsize=(14, 2.2), layout="constrained")
-    for axis, (name, picture) in zip(figure.subplots(1, len(pictures)), pictures.items()):
-        axis.imshow(picture.numpy(), interpolation="nearest")
-        axis.set_title(name, fontsize=9)
-        axis.axis("off")
+    for axis, name in zip(figure.subplots(1, len(pictures)), pictures):
+        show(axis, pictures[name], name)
     return figure
 
 
@@ -221,20 +213,15 @@ def explain(model: DeepLabv3Plus, image: Tensor, *, palette=None):
 
 def demo() -> None:
     """The way of one small image through DeepLabv3+, and what each variant costs."""
-    from common import count_cost
     model = build(19, backbone="resnet18").eval()
     image = torch.randn(1, 3, 96, 160)
     features = model.encoder(image)
     context = model.context(features["res5"])
-    print(f"image {tuple(image.shape)}")
-    for name, x in (*features.items(), ("context", context),
-                    ("logits", model.decoder(context, features)),
-                    ("out", model(image)["out"])):
-        print(f"  {name:<8} {tuple(x.shape)}")
-    print(f"{'variant':<16}{'decoder GMACs':>15}{'total GMACs':>13}  at 1024x2048, resnet50c")
-    for variant in VARIANTS:
-        cost = count_cost(f"deeplabv3plus:{variant}", 19, (1024, 2048), backbone="resnet50c")
-        print(f"{variant:<16}{cost['decoder']['gmacs']:>15.2f}{cost['total']['gmacs']:>13.2f}")
+    logits = model.decoder(context, features)
+    for name, x in {"image": image, **features, "context": context, "logits": logits,
+                    "out": model(image)["out"]}.items():
+        print(f"{name:<8} {tuple(x.shape)}")
+    print_costs("deeplabv3plus", (1024, 2048))
 
 
 if __name__ == "__main__":

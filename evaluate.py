@@ -71,7 +71,7 @@ def load_checkpoint(path: str | Path) -> dict:
     path = Path(path)
     path = path / "best.pt" if path.is_dir() else path
     if not path.is_file():
-        raise UserError(f"no checkpoint {path}; give a run folder or a .pt file of train.py")
+        raise UserError(f"no checkpoint {path}; give a run folder or a .pt file of it")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
@@ -120,18 +120,19 @@ def sample_sheet(model, dataset, path: Path, *, device, count=4) -> None:
     """`count` images of a split, each as image | truth | prediction | errors."""
     model.eval()
     rows = []
-    for index in torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).int().tolist():
+    for index in np.linspace(0, len(dataset) - 1, min(count, len(dataset)), dtype=int):
         image, truth = dataset.load(index)
         with torch.inference_mode():
             guess = predict(model, data.NORMALISE(image)[None].to(device)).cpu()
-        picture, truth, guess = image.permute(1, 2, 0).numpy(), truth.numpy(), guess.numpy()
+        truth, guess = truth.numpy(), guess.numpy()
+        picture = image.permute(1, 2, 0).numpy()
         wrong = (guess != truth) & (truth != IGNORE_INDEX)
         errors = np.where(wrong[..., None], (220, 30, 30), picture // 3 + 150)
         guess = np.where(truth == IGNORE_INDEX, IGNORE_INDEX, guess)
         tiles = [picture, colourise(truth, dataset.info.palette),
                  colourise(guess, dataset.info.palette), errors.astype(np.uint8)]
-        tiles = [np.pad(t, ((2, 2), (2, 2), (0, 0)), constant_values=255) for t in tiles]
-        rows.append(np.concatenate(tiles, axis=1))
+        rim = ((2, 2), (2, 2), (0, 0))
+        rows.append(np.concatenate([np.pad(t, rim, constant_values=255) for t in tiles], 1))
     width = max(r.shape[1] for r in rows)
     rows = [np.pad(r, ((0, 0), (0, width - r.shape[1]), (0, 0)), constant_values=255)
             for r in rows]
@@ -139,8 +140,8 @@ def sample_sheet(model, dataset, path: Path, *, device, count=4) -> None:
     for i, word in enumerate(("image", "truth", "prediction", "errors")):
         ImageDraw.Draw(titles).text((i * width // 4 + 4, 2), word, fill="black",
                                     font=ImageFont.load_default(size=13))
-    Image.fromarray(np.concatenate([np.array(titles), *rows, legend(dataset.info, width)]
-                                   )).save(path)
+    sheet = np.concatenate([np.array(titles), *rows, legend(dataset.info, width)])
+    Image.fromarray(sheet).save(path)
 
 
 # --- score ---------------------------------------------------------------------------
@@ -155,16 +156,17 @@ def command_score(args) -> None:
         difficulty=checkpoint["difficulty"])
     if list(dataset.info.classes) != checkpoint["classes"]:
         raise UserError(
-            f"{args.checkpoint} was trained on the {len(checkpoint['classes'])} classes of "
-            f"{checkpoint['dataset']}, {dataset.info.name} has {len(dataset.info.classes)} "
-            f"others; score it on its own data set")
-    matrix = score_dataset(restore(checkpoint, args.device), dataset, device=args.device,
-                           workers=args.workers, amp=args.amp)
+            f"{args.checkpoint} knows the {len(checkpoint['classes'])} classes of "
+            f"{checkpoint['dataset']}, but {dataset.info.name} has other "
+            f"{len(dataset.info.classes)}; score it on its own data set")
+    matrix = score_dataset(restore(checkpoint, args.device), dataset, amp=args.amp,
+                           device=args.device, workers=args.workers)
     print(f"{checkpoint['method']} on {dataset.info.name} {args.split}, "
           f"iteration {checkpoint['iteration']}")
     truth, guess = matrix.counts.sum(1), matrix.counts.sum(0)
     print(f"{'class':<16}{'IoU':>8}{'truth px':>12}{'predicted':>12}")
-    for name, iou, t, g in zip(dataset.info.classes, matrix.iou().tolist(), truth, guess):
+    for name, iou, t, g in zip(dataset.info.classes, matrix.iou().tolist(), truth,
+                               guess):
         shown = "-" if iou != iou else f"{iou:.4f}"  # NaN: the class never occurs
         print(f"{name:<16}{shown:>8}{t:>12}{g:>12}")
     print(matrix.summary(protocol="whole image, single scale",
@@ -187,7 +189,7 @@ def command_predict(args) -> None:
     stems = [Path(p).stem for p in args.images]
     if len(set(stems)) < len(stems):
         raise UserError("two images have the same name; predict them into two folders")
-    images = [data.read_image(Path(p)) for p in args.images]  # all readable, or none done
+    images = [data.read_image(Path(p)) for p in args.images]  # all of them, or none
     out.mkdir(parents=True, exist_ok=True)
     normalise = data.normaliser(checkpoint["mean"], checkpoint["std"])
     for stem, image in zip(stems, images):
@@ -288,15 +290,15 @@ def run_row(folder: Path) -> dict:
         speeds = [float(r["images_per_s"]) for r in csv.DictReader(file)
                   if r["images_per_s"]]
     return {"method": checkpoint["method"], "dataset": checkpoint["dataset"],
-            "backbone": checkpoint["backbone"], "init": checkpoint["options"].get("init", ""),
-            "iterations": checkpoint["iteration"], "params": cost["params"],
+            "backbone": checkpoint["backbone"],
+            "init": checkpoint["options"].get("init", ""), "iterations": checkpoint["iteration"], "params": cost["params"],
             "gmacs": cost["gmacs"], "size": size, "seed": checkpoint["seed"],
             "miou": checkpoint["miou"],
             "images_per_s": float(np.median(speeds)) if speeds else float("nan")}
 
 
 def command_table(args) -> None:
-    """Markdown to the screen, csv with --csv: one line per configuration, over seeds."""
+    """Markdown to the screen, csv with --csv: a line per configuration, over seeds."""
     groups: dict[tuple, list[dict]] = {}
     for row in map(run_row, map(Path, args.runs)):
         key = tuple(str(row[k]) for k in ("method", "dataset", "backbone", "init",
@@ -332,9 +334,11 @@ def command_table(args) -> None:
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    commands = parser.add_subparsers(required=True, metavar="score|predict|explain|cost|table")
+    commands = parser.add_subparsers(required=True,
+                                     metavar="score|predict|explain|cost|table")
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    common.add_argument("--device", default=device, help=f"default {device}")
 
     score = commands.add_parser("score", parents=[common], help=command_score.__doc__)
     score.add_argument("checkpoint", help="a run folder (its best.pt) or a .pt file")
@@ -354,14 +358,14 @@ def parse(argv=None):
 
     explain = commands.add_parser("explain", help=command_explain.__doc__)
     explain.add_argument("checkpoint")
-    explain.add_argument("image", nargs="?", help="default: one of the validation split")
+    explain.add_argument("image", nargs="?", help="default: one of the val split")
     explain.add_argument("--index", type=int, default=0, help="which of them (0)")
     explain.add_argument("--out", default="explain.png", metavar="FILE")
     explain.set_defaults(command=command_explain)
 
     cost = commands.add_parser("cost", help="parameters and GMACs beside the papers'")
     cost.add_argument("methods", nargs="*", help="as nrd or nrd:bilinear; default all")
-    cost.add_argument("--json", action="store_true", help="machine-readable, every part")
+    cost.add_argument("--json", action="store_true", help="for machines, every part")
     cost.set_defaults(command=command_cost)
 
     table = commands.add_parser("table", help="one line per configuration of some runs")

@@ -17,16 +17,16 @@ Dimension key
     P parameters of one g_theta (899)   R, M hidden and guidance channels (Cr, Cm; 16)
 
 Paper -> code
-    | Sec. 2.1      | NRD.forward           | encoder, context, decoder, x4              |
-    | Fig. 3 (a)    | NRDDecoder.forward    | controller, inputs, g                      |
-    | Fig. 3 (b)    | represent             | g_theta of all cells at once               |
-    | Sec. 2.2, Q   | coordinate_map        | [0 : 1/s : 1] x [0 : 1/s : 1]              |
-    | Sec. 2.2, 899 | theta_length          | (2+16)16 + 16*16 + 16K weights, 16+16+K biases |
-    | Sec. 2.2, m   | GuidanceMap           | two convolutions on the 1/4 features       |
-    | "Controller"  | Controller            | 3x3 with 512 channels, then 1x1 to P       |
-    | Table 1       | BilinearDecoder       | the rival without low-level features       |
-    | Table 3       | DUCDecoder            | dense upsampling convolution               |
-    | Table 3       | CARAFEDecoder         | content-aware reassembly of features       |
+    | Sec. 2.1      | NRD.forward           | encoder, context, decoder, x4 |
+    | Fig. 3 (a)    | NRDDecoder.forward    | controller, inputs, g |
+    | Fig. 3 (b)    | represent             | g_theta of all cells at once |
+    | Sec. 2.2, Q   | coordinate_map        | [0 : 1/s : 1] x [0 : 1/s : 1] |
+    | Sec. 2.2, 899 | theta_length          | weights and biases of g |
+    | Sec. 2.2, m   | GuidanceMap           | two convolutions on the 1/4 features |
+    | "Controller"  | Controller            | 3x3 with 512 channels, then 1x1 to P |
+    | Table 1       | BilinearDecoder       | the rival without low-level features |
+    | Table 3       | DUCDecoder            | dense upsampling convolution |
+    | Table 3       | CARAFEDecoder         | content-aware reassembly of features |
 
 Notes (paper says / official code does / we do / effect)
     N1  Inputs of g: raw coordinates and guidance / batch norm with affine over their
@@ -71,7 +71,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import ASPP, Encoder, FCNHead, UserError, conv_bn_relu, full_precision, upsample
+from common import (ASPP, Encoder, FCNHead, UserError, conv_bn_relu, full_precision,
+                    label_colours, print_costs, published, show, upsample, viewable)
 from deeplabv3plus import DeepLabv3PlusDecoder
 
 # --- 1. Config -----------------------------------------------------------------------
@@ -115,13 +116,6 @@ RECIPES = {
         "lr": (0.004, PAPER), "weight_decay": (1e-4, PAPER), "crop": ((480, 480), PAPER),
         "iterations": (84_000, "official code; 80k in Sec. 3")},
 }
-
-
-def published(table, variant, backbone, size, classes, gmacs, **more) -> dict:
-    """One row of a table: GMACs of the whole network at `size`, mIoU in per cent."""
-    return {"table": table, "variant": variant, "backbone": backbone, "size": size,
-            "classes": classes, "gmacs": gmacs, **more}
-
 
 CITY, R50, R101, X101 = (1024, 2048), "resnet50c", "resnet101c", "resnext101_64x4d"
 PUBLISHED = [
@@ -443,7 +437,8 @@ def build(num_classes: int, *, backbone="resnet50", weights="none", decoder="nrd
         "duc": lambda: DUCDecoder(width, num_classes),
         "carafe": lambda: CARAFEDecoder(width, num_classes),
     }
-    for name, value, known in (("decoder", decoder, decoders), ("context", context, contexts)):
+    for name, value, known in (("decoder", decoder, decoders),
+                               ("context", context, contexts)):
         if value not in known:
             raise UserError(f"{name}={value!r}: must be one of {', '.join(known)}")
     heads = [FCNHead(encoder.channels["res4"], num_classes)] if aux else []  # [N8]
@@ -456,47 +451,46 @@ def build(num_classes: int, *, backbone="resnet50", weights="none", decoder="nrd
 def explain(model: NRD, image: Tensor, *, palette=None):
     """Fig. 1 from the model's own tensors: three cells, each drawing its patch.
 
-    image (1, 3, H, W), normalised -> matplotlib Figure. A row shows the cell's 32x32
-    pixels, what g is told (x, y, and three guidance channels as colour), what g says
-    at its s x s points, and that after x4. The cells with most classes are shown.
+    image (1, 3, H, W), normalised -> matplotlib Figure. A row shows a cell's 32x32
+    pixels, what g is told (x, y, three guidance channels as colour), what g says at its
+    s x s points, and that after x4. The cells with most classes are taken.
     """
-    if not isinstance(model.decoder, NRDDecoder):
-        raise UserError("nothing to explain: this variant has no g")
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
+    decoder = model.decoder
+    if not isinstance(decoder, NRDDecoder):
+        raise UserError("nothing to explain: this variant has no g")
     with torch.no_grad():
-        features, decoder = model.encoder(image), model.decoder
+        features = model.encoder(image)
         context = model.context(features["res5"])
-        theta = decoder.controller(context)
-        inputs = decoder.inputs(features["res2"], theta)[0]
-        logits = decoder(context, features)  # (B, K, s*h, s*w)
+        logits = decoder(context, features)
+        inputs = decoder.inputs(features["res2"], decoder.controller(context))[0]
         final = upsample(logits, decoder.stride, image.shape[-2:]).argmax(1)[0]
-    colours = torch.tensor(palette if palette is not None else distinct(logits.shape[1]))
-    points, s = logits.argmax(1)[0], decoder.patch
+    points, picture = logits.argmax(1)[0], viewable(image[0])
+    colours, s = label_colours(palette, logits.shape[1]), decoder.patch
     figure = Figure(figsize=(13, 5.2), layout="constrained")
-    whole, cells = figure.subfigures(1, 2, width_ratios=(1, 1.5))
-    tall = whole.subplots(2, 1)
-    for axis, picture, title in zip(tall, (viewable(image[0]), colours[final]),
-                                    ("image and three of its cells", "prediction")):
-        show(axis, picture, title)
-    grid = cells.subplots(3, 6)
-    for row, (top, left) in zip(grid, busiest_cells(points, s)):
-        for axis in tall:
-            axis.add_patch(Rectangle((left * 32 - 0.5, top * 32 - 0.5), 32, 32, fill=False,
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.5))
+    whole = left.subplots(2, 1)
+    show(whole[0], picture, "image and three of its cells")
+    show(whole[1], colours[final], "prediction")
+    for row, (r, c) in zip(right.subplots(3, 6), busiest_cells(points, s)):
+        for axis in whole:
+            axis.add_patch(Rectangle((c * 32 - 0.5, r * 32 - 0.5), 32, 32, fill=False,
                                      edgecolor="white", linewidth=1.5))
-        at = (..., slice(top * s, top * s + s), slice(left * s, left * s + s))
-        pixels = (..., slice(top * 32, top * 32 + 32), slice(left * 32, left * 32 + 32))
-        tiles = {"pixels": viewable(image[0])[pixels[1:]]}
+        told = inputs[:, r * s:r * s + s, c * s:c * s + s]
+        pixels = slice(r * 32, r * 32 + 32), slice(c * 32, c * 32 + 32)
+        tiles = [("pixels", picture[pixels])]
         if decoder.coordinates is not None:
-            tiles |= {"x": inputs[0][at], "y": inputs[1][at]}
+            tiles += [("x", told[0]), ("y", told[1])]
         if decoder.guidance is not None:
-            tiles["guidance m"] = viewable(inputs[-3:][at])
-        tiles |= {f"g: {s}x{s} points": colours[points[at]],
-                  f"after x{decoder.stride}": colours[final[pixels]]}
-        for axis in row:
+            tiles.append(("guidance m", viewable(told[-3:])))
+        said = points[r * s:r * s + s, c * s:c * s + s]
+        tiles += [(f"g at {s}x{s} points", colours[said]),
+                  (f"after x{decoder.stride}", colours[final[pixels]])]
+        for axis in row[len(tiles):]:
             axis.axis("off")
-        for axis, (title, tile) in zip(row, tiles.items()):
-            show(axis, tile, title if top == busiest_cells(points, s)[0][0] else "")
+        for axis, (title, tile) in zip(row, tiles):
+            show(axis, tile, title)
     return figure
 
 
@@ -508,49 +502,25 @@ def busiest_cells(points: Tensor, s: int) -> list[tuple[int, int]]:
     return sorted(sorted(cells, key=cells.get)[-3:])
 
 
-def viewable(x: Tensor) -> Tensor:
-    """(3, h, w) of any range to (h, w, 3) in 0..1, for a picture."""
-    low, high = x.amin(), x.amax()
-    return ((x - low) / (high - low).clamp(min=1e-6)).permute(1, 2, 0)
-
-
-def distinct(classes: int) -> list[list[int]]:
-    """Some RGB colours, if the data set gives none."""
-    return [[37 * c % 256, 91 * c % 256, 173 * c % 256] for c in range(classes)]
-
-
-def show(axis, picture: Tensor, title: str) -> None:
-    axis.imshow(picture.numpy(), interpolation="nearest")
-    axis.set_title(title, fontsize=8)
-    axis.axis("off")
-
-
 # --- 6. Demo -------------------------------------------------------------------------
 
 
 def demo() -> None:
     """The way of one small image through NRD, and what each row of the tables costs."""
-    from common import count_cost
     model = build(19, backbone="resnet18").eval()
     image = torch.randn(1, 3, 96, 160)
     features = model.encoder(image)
     context = model.context(features["res5"])
     theta = model.decoder.controller(context)
-    print(f"image {tuple(image.shape)}")
-    for name, x in (*features.items(), ("context", context), ("theta", theta)):
-        print(f"  {name:<8} {tuple(x.shape)}")
-    cells = theta.flatten(2)[0].T
-    for layer, (weight, bias) in enumerate(split_theta(cells, model.decoder.widths), 1):
-        print(f"  g layer {layer}: {len(cells)} cells with weight {tuple(weight.shape[1:])} "
-              f"and bias {tuple(bias.shape[1:])}")
     inputs = model.decoder.inputs(features["res2"], theta)
-    points = represent(theta, inputs, widths=model.decoder.widths)
-    print(f"  inputs of g {tuple(inputs.shape)}\n  g says {tuple(points.shape)}\n"
-          f"  out {tuple(model(image)['out'].shape)}")
-    print(f"{'variant':<24}{'decoder GMACs':>15}{'total GMACs':>13}  at 1024x2048, resnet50c")
-    for variant in VARIANTS:
-        cost = count_cost(f"nrd:{variant}", 19, CITY, backbone=R50)
-        print(f"{variant:<24}{cost['decoder']['gmacs']:>15.2f}{cost['total']['gmacs']:>13.2f}")
+    logits = represent(theta, inputs, widths=model.decoder.widths)
+    for name, x in {"image": image, **features, "context": context, "theta": theta,
+                    "inputs": inputs, "logits": logits,
+                    "out": model(image)["out"]}.items():
+        print(f"{name:<8} {tuple(x.shape)}")
+    for weight, bias in split_theta(theta.flatten(2)[0].T, model.decoder.widths):
+        print(f"a layer of g: weights {tuple(weight.shape)}, biases {tuple(bias.shape)}")
+    print_costs("nrd", CITY, backbone=R50)
 
 
 if __name__ == "__main__":

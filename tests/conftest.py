@@ -35,7 +35,8 @@ def save(path: Path, array: np.ndarray, mode=None) -> Path:
 def draw_tree(root: Path, name: str, *, size=(64, 96), images=2, seed=0) -> Path:
     """A small data set in the layout that `name` is distributed in, all ids present."""
     rng = np.random.default_rng(seed)
-    ids = {"camvid": range(12), "cityscapes": [*range(34), 255], "folder": [0, 1, 2, 255]}
+    ids = {"camvid": range(12), "cityscapes": [*range(34), 255],
+           "folder": [0, 1, 2, 255]}
     for split in ("train", "val"):
         for i in range(images):
             image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)

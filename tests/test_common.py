@@ -28,7 +28,8 @@ def test_every_backbone_names_its_stages_sizes_and_channels(backbone):
         encoder = common.Encoder(backbone).eval()
         features = encoder(torch.empty(1, 3, 65, 97))
     for (name, x), stride in zip(features.items(), (2, 4, 8, 16, 32)):
-        assert x.shape == (1, encoder.channels[name], -(-65 // stride), -(-97 // stride)), name
+        shape = (1, encoder.channels[name], -(-65 // stride), -(-97 // stride))
+        assert x.shape == shape, name
 
 
 def test_weights_are_loaded_or_refused(tmp_path):
@@ -36,7 +37,8 @@ def test_weights_are_loaded_or_refused(tmp_path):
     source = common.Encoder("resnet18")
     net = common.torchvision.models.resnet18()
     path = tmp_path / "w.pt"
-    torch.save({"state_dict": {"module." + k: v for k, v in net.state_dict().items()}}, path)
+    state = {"module." + k: v for k, v in net.state_dict().items()}
+    torch.save({"state_dict": state}, path)
     loaded = common.Encoder("resnet18", weights=str(path))
     assert torch.equal(loaded.stem[0].weight, net.conv1.weight)
     assert not torch.equal(source.stem[0].weight, net.conv1.weight)
@@ -49,7 +51,7 @@ def test_weights_are_loaded_or_refused(tmp_path):
 
 
 def test_offline_imagenet_says_what_to_do(monkeypatch, tmp_path):
-    """No network: a sentence with address, folder and a way on, never random weights."""
+    """No network: a sentence with address, folder and way on, never random weights."""
     def offline(*args, **kwargs):
         raise OSError("no network")
     monkeypatch.setattr(torch.hub, "_dir", str(tmp_path), raising=False)
@@ -86,7 +88,8 @@ def test_all_ignored_crop_gives_exactly_zero(ohem):
     """Loss 0.0 and gradient 0, where torch's own mean is NaN."""
     logits = torch.randn(2, 3, 4, 4, requires_grad=True)
     labels = torch.full((2, 4, 4), IGNORE_INDEX, dtype=torch.uint8)
-    loss, _ = common.segmentation_loss({"out": logits, "aux": [logits]}, labels, ohem=ohem)
+    loss, _ = common.segmentation_loss({"out": logits, "aux": [logits]}, labels,
+                                       ohem=ohem)
     loss.backward()
     assert loss.item() == 0.0 and (logits.grad == 0).all()
     assert F.cross_entropy(logits, labels.long(), ignore_index=IGNORE_INDEX).isnan()
@@ -101,7 +104,8 @@ def test_ohem_keeps_the_hard_pixels(min_kept):
     for y in range(4):
         for x in range(5):
             if labels[0, y, x] != IGNORE_INDEX:
-                losses.append(-logits[0, :, y, x].log_softmax(0)[labels[0, y, x]].item())
+                log_p = logits[0, :, y, x].log_softmax(0)
+                losses.append(-log_p[labels[0, y, x]].item())
     losses.sort(reverse=True)
     hard = [v for v in losses if math.exp(-v) < 0.7]
     kept = losses[:max(len(hard), min(min_kept, len(losses)))]
@@ -194,7 +198,8 @@ def test_every_variant_trains_and_evaluates_at_any_size(spec):
     loss, _ = common.segmentation_loss(model(images), labels)
     loss.backward()
     for name, p in model.named_parameters():
-        assert p.grad is not None and p.grad.isfinite().all(), f"{name}: no finite gradient"
+        assert p.grad is not None and p.grad.isfinite().all(), (
+            f"{name}: no finite gradient")
         assert p.grad.any(), f"{name}: gradient is zero, the layer is not connected"
     model.eval()
     with torch.no_grad():
@@ -214,9 +219,11 @@ def test_loss_starts_near_chance():
 def test_wrong_names_are_told_with_the_right_ones():
     with pytest.raises(UserError, match="unknown method 'nrdd'.*did you mean 'nrd'"):
         common.build_model("nrdd", 5)
-    with pytest.raises(UserError, match="no variant 'bilinaer'.*did you mean 'bilinear'"):
+    with pytest.raises(UserError,
+                       match="no variant 'bilinaer'.*did you mean 'bilinear'"):
         common.build_model("nrd:bilinaer", 5)
-    with pytest.raises(UserError, match="no option 'hiden_channels'.*'hidden_channels'.*=16"):
+    with pytest.raises(UserError,
+                       match="no option 'hiden_channels'.*'hidden_channels'.*=16"):
         common.parse_options("nrd", ["hiden_channels=8"])
     with pytest.raises(UserError, match="hidden_channels is a int"):
         common.parse_options("nrd", ["hidden_channels=many"])
@@ -237,6 +244,7 @@ def test_cost_counts_what_a_hand_counts():
 def test_dynamic_convolutions_are_counted():
     """g of NRD at 1024x2048: 18*16 + 16*16 + 16*19 products at 256*512 points."""
     cost = common.count_cost("nrd", 19, (1024, 2048), backbone="resnet50c")["decoder"]
-    static = 32 * 64 * (9 * 512 * 512 + 512 * 899) + 256 * 512 * (9 * 256 * 48 + 48 * 16)
+    static = (32 * 64 * (9 * 512 * 512 + 512 * 899)
+              + 256 * 512 * (9 * 256 * 48 + 48 * 16))
     dynamic = 256 * 512 * (18 * 16 + 16 * 16 + 16 * 19)
     assert cost["gmacs"] * 1e9 == pytest.approx(static + dynamic)

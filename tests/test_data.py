@@ -25,7 +25,7 @@ def test_a_street_depends_on_split_and_index_only():
 
 
 def test_streets_hold_every_class_often_and_thin_things_too():
-    """Over 30 scenes: every class in at least 60 % of them, thin ones over 0.5 % of pixels."""
+    """Over 30 scenes: every class in at least 60 %, thin ones over 0.5 % of pixels."""
     masks = np.stack([data.draw_street("val", i)[1] for i in range(30)])
     for c, name in enumerate(data.STREETS_CLASSES):
         assert (masks == c).any((1, 2)).mean() >= 0.6, f"{name} is too rare"
@@ -53,15 +53,17 @@ def test_streets_are_drawn_faster_than_they_are_eaten():
 
 
 def test_camvid_void_is_ignored_and_classes_keep_their_ids(tmp_path):
-    dataset = data.open_dataset("camvid", "val", root=str(draw_tree(tmp_path, "camvid")))
+    dataset = data.open_dataset("camvid", "val",
+                                root=str(draw_tree(tmp_path, "camvid")))
     raw = np.array(Image.open(dataset.pairs[0][1]))
     labels = dataset.load(0)[1].numpy()
-    assert (labels[raw == 11] == 255).all() and (labels[raw < 11] == raw[raw < 11]).all()
+    assert (labels[raw == 11] == 255).all()
+    assert (labels[raw < 11] == raw[raw < 11]).all()
     assert len(dataset.info.classes) == len(dataset.info.palette) == 11
 
 
 def test_cityscapes_label_ids_become_train_ids(tmp_path):
-    """The official table: 7 road -> 0, 11 building -> 2, 33 bicycle -> 18, void -> 255."""
+    """Official table: 7 road -> 0, 11 building -> 2, 33 bicycle -> 18, void -> 255."""
     dataset = data.open_dataset("cityscapes", "val",
                                 root=str(draw_tree(tmp_path, "cityscapes")))
     raw = np.array(Image.open(dataset.pairs[0][1]))
@@ -90,19 +92,22 @@ def test_folder_takes_names_and_colours_from_classes_txt(tmp_path):
     root = draw_tree(tmp_path, "folder")
     made_up = data.open_dataset("folder", "train", root=str(root)).info
     assert made_up.classes == ("class0", "class1", "class2")
-    (root / "classes.txt").write_text("0 road 1 2 3\n2 traffic light 7 8 9\n1 car 4 5 6\n")
+    (root / "classes.txt").write_text(
+        "0 road 1 2 3\n2 traffic light 7 8 9\n1 car 4 5 6\n")
     info = data.open_dataset("folder", "train", root=str(root)).info
     assert info.classes == ("road", "car", "traffic light")
     assert info.palette == ((1, 2, 3), (4, 5, 6), (7, 8, 9))
     (root / "classes.txt").write_text("0 road 1 2 3\n1 car 4 5 6\n")
-    with pytest.raises(UserError, match="illegal label values 2 .* legal are 0..1 and 255"):
+    with pytest.raises(UserError,
+                       match="illegal label values 2 .* legal are 0..1 and 255"):
         data.open_dataset("folder", "train", root=str(root)).load(0)
 
 
 # --- Faults: each one sentence that names the file and the cause ---------------------
 
 MASKS = {
-    "illegal value": (np.full((64, 96), 200, np.uint8), r"illegal label values 200 \(6144 px\)"),
+    "illegal value": (np.full((64, 96), 200, np.uint8),
+                      r"illegal label values 200 \(6144 px\)"),
     "binary": (np.uint8(255) * (np.arange(64 * 96).reshape(64, 96) % 2 == 0), None),
     "colour": (np.zeros((64, 96, 3), np.uint8), "mode RGB.*colour-coded"),
     "16 bit": (np.zeros((64, 96), np.uint16), "mode I;16.*16- or 32-bit"),
@@ -113,7 +118,8 @@ MASKS = {
 
 @pytest.mark.parametrize("fault", [k for k, v in MASKS.items() if v[1]])
 def test_bad_mask_is_named_with_its_cause(tmp_path, fault):
-    dataset = data.open_dataset("camvid", "train", root=str(draw_tree(tmp_path, "camvid")))
+    dataset = data.open_dataset("camvid", "train",
+                                root=str(draw_tree(tmp_path, "camvid")))
     mask, message = MASKS[fault]
     path = save(dataset.pairs[1][1], mask)
     with pytest.raises(UserError, match=message) as caught:
@@ -130,7 +136,8 @@ def test_binary_mask_is_recognised(tmp_path):
                                               (b"hello", "not an image"),
                                               (None, "truncated")])
 def test_unreadable_file_is_named(tmp_path, content, message):
-    dataset = data.open_dataset("camvid", "train", root=str(draw_tree(tmp_path, "camvid")))
+    dataset = data.open_dataset("camvid", "train",
+                                root=str(draw_tree(tmp_path, "camvid")))
     path = dataset.pairs[0][0]
     path.write_bytes(path.read_bytes()[:4000] if content is None else content)
     with pytest.raises(UserError, match=message) as caught:
@@ -143,7 +150,8 @@ def test_missing_parts_print_the_expected_tree(tmp_path):
         data.open_dataset("camvid", "train")
     with pytest.raises(UserError, match="no folder"):
         data.open_dataset("camvid", "train", root=str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match="no images for split 'val'(.|\n)*leftImg8bit/val"):
+    with pytest.raises(UserError,
+                       match="no images for split 'val'(.|\n)*leftImg8bit/val"):
         data.open_dataset("cityscapes", "val", root=str(tmp_path))
     root = draw_tree(tmp_path / "c", "camvid")
     (root / "valannot" / "0000.png").unlink()
@@ -184,7 +192,7 @@ def augmented(seed=0, **more):
 
 
 def test_augmentation_never_invents_an_id():
-    """Nearest for masks: only ids of the picture and 255, at any scale, with padding."""
+    """Nearest for masks: only ids of the picture and 255, at any scale, padded too."""
     dataset = data.open_dataset("streets", "train")
     for index in range(6):
         image, labels = augmented(crop=(96, 200), scale=(0.3, 1.5))[0, index]
@@ -194,8 +202,9 @@ def test_augmentation_never_invents_an_id():
 
 
 def test_padding_is_the_mean_colour_and_ignored():
-    """A picture smaller than the crop: padding is about 0 after normalising, and 255."""
-    image, labels = augmented(crop=(300, 300), scale=(1.0, 1.0), photometric=False)[0, 0]
+    """A picture smaller than the crop: padding is about 0 when normalised, and 255."""
+    image, labels = augmented(crop=(300, 300), scale=(1.0, 1.0),
+                              photometric=False)[0, 0]
     assert (labels == 255).sum() == 300 * 300 - 128 * 256
     assert image[:, labels == 255].abs().max() < 0.02
 
@@ -207,14 +216,14 @@ def test_image_and_labels_move_together():
     labels = tv_tensors.Mask(ids)
     for seed in range(5):
         torch.manual_seed(seed)
-        a, b = data.FLIP(*data.random_crop(*data.random_scale(image, labels, (1.5, 1.5)),
-                                           (64, 96)))
+        scaled = data.random_scale(image, labels, (1.5, 1.5))
+        a, b = data.FLIP(*data.random_crop(*scaled, (64, 96)))
         agree = (a[0].int() - 20 * b.int()).abs() <= 10
         assert agree.float().mean() > 0.75, "labels slid against the image"
 
 
 def test_crop_avoids_one_class_filling_it():
-    """75 % rule: a corner of other classes is found although most crops are one class."""
+    """75 % rule: a corner of other classes is found though most crops are one class."""
     labels = torch.zeros(64, 64, dtype=torch.uint8)
     labels[:32, :32] = torch.arange(32) % 3
     image = tv_tensors.Image(torch.zeros(3, 64, 64, dtype=torch.uint8))
@@ -235,7 +244,8 @@ def test_samples_do_not_depend_on_the_number_of_workers():
             scale=(0.5, 2.0), photometric=True) for b in pair]
     alone = batches(0)
     for workers in (1, 3):
-        assert all(map(torch.equal, alone, batches(workers))), f"{workers} workers differ"
+        assert all(map(torch.equal, alone, batches(workers))), (
+            f"{workers} workers differ")
     assert not torch.equal(alone[0], batches(0, seed=1)[0])
 
 

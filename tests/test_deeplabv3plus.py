@@ -56,10 +56,12 @@ def test_dilation_keeps_resolution_and_parameters(backbone, stride):
     """A dilated encoder has the weights of the plain one and a finer last map."""
     encoder = common.Encoder(backbone, output_stride=stride).eval()
     plain = common.Encoder(backbone)
-    assert [p.shape for p in encoder.parameters()] == [p.shape for p in plain.parameters()]
+    assert [p.shape for p in encoder.parameters()] == [
+        p.shape for p in plain.parameters()]
     features = encoder(torch.randn(1, 3, 65, 97))
     expected = (-(-65 // stride), -(-97 // stride))
-    assert features["res5"].shape[-2:] == expected, f"stride {stride} gives another size"
+    assert features["res5"].shape[-2:] == expected, (
+        f"stride {stride} gives another size")
 
 
 def test_dilated_stage_still_sees_the_same_pixels():
@@ -82,11 +84,13 @@ def test_dilated_stage_still_sees_the_same_pixels():
             "the first 3x3 of a dilated stage sees the old grid, dilation 1 here")
         thin = torch.nn.functional.conv2d(a, first_conv.weight, stride=2, padding=1)
         torch.testing.assert_close(first_conv(b)[..., ::2, ::2], thin)
-        assert dilated.res5[0].conv2.dilation == dilated.res5[1].conv1.dilation == (2, 2)
+        assert dilated.res5[0].conv2.dilation == (2, 2)
+        assert dilated.res5[1].conv1.dilation == (2, 2)
 
 
 @pytest.mark.parametrize("spec, classes, count", [
-    ("deeplabv3plus:undilated", 19, 41_225_187), ("deeplabv3plus:dilated", 150, 41_292_390),
+    ("deeplabv3plus:undilated", 19, 41_225_187),
+    ("deeplabv3plus:dilated", 150, 41_292_390),
     ("nrd:deeplabv3plus", 19, 41_225_187)])
 def test_parameters_of_the_network(spec, classes, count):
     """Exact counts of mmsegmentation's configurations, without the auxiliary head."""
@@ -96,9 +100,10 @@ def test_parameters_of_the_network(spec, classes, count):
 
 
 def test_decoder_reads_low_level_features_at_a_quarter():
-    """The decoder's output lives on res2's grid, also at sizes that 4 does not divide."""
+    """The decoder's output lives on res2's grid, also at sizes 4 does not divide."""
     for stride in (8, 16, 32):
-        model = common.build_model("deeplabv3plus", 5, **SMALL, output_stride=stride).eval()
+        model = common.build_model("deeplabv3plus", 5, **SMALL,
+                                   output_stride=stride).eval()
         features = model.encoder(torch.randn(1, 3, 65, 97))
         logits = model.decoder(model.context(features["res5"]), features)
         assert logits.shape == (1, 5, 17, 25)

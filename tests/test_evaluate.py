@@ -19,8 +19,9 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     before, data.Streets.sizes = data.Streets.sizes, {"train": 6, "val": 3}
     miou = train.train(train.parse(
-        ["--batch", "2", "--crop", "64", "96", "--set", "channels=16", "--iterations", "3",
-         "--workers", "0", "--eval-every", "3", "--out", str(folder)]))
+        ["--batch", "2", "--crop", "64", "96", "--set", "channels=16",
+         "--iterations", "3", "--workers", "0", "--eval-every", "3",
+         "--out", str(folder)]))
     yield folder, miou
     data.Streets.sizes = before
 
@@ -54,7 +55,7 @@ def test_score_counts_by_hand(trained):
 
 
 def test_predict_takes_any_picture(trained, tmp_path):
-    """RGBA, grey, EXIF-rotated, odd and tiny ones; ids, colours and overlay come out."""
+    """RGBA, grey, EXIF-rotated, odd and tiny ones; ids, colours, overlay come out."""
     rng = np.random.default_rng(0)
     save(tmp_path / "rgba.png", rng.integers(0, 256, (65, 97, 4), dtype=np.uint8))
     save(tmp_path / "grey.png", rng.integers(0, 256, (40, 33), dtype=np.uint8))
@@ -107,8 +108,9 @@ def test_every_published_cost_is_reproduced():
             assert close or row["why"], (row["method"], row["table"], key, c)
     exact = {(r["method"], r["table"]) for r in rows if not r["why"]}
     assert {("nrd:deeplabv3plus", "1"), ("nrd:default", "1"), ("nrd:bilinear", "1"),
-            ("nrd:no-guidance-published", "1"), ("nrd:default", "5"), ("nrd:default", "6"),
-            ("nrd:default", "7"), ("deeplabv3plus:dilated", "NRD 5")} <= exact
+            ("nrd:no-guidance-published", "1"), ("nrd:default", "5"),
+            ("nrd:default", "6"), ("nrd:default", "7"),
+            ("deeplabv3plus:dilated", "NRD 5")} <= exact
 
 
 def test_cost_speaks_json(capsys):

@@ -52,7 +52,7 @@ def test_batched_g_equals_the_loop_over_cells_and_pixels():
 @pytest.mark.parametrize("classes, with_guidance, without",
                          [(19, 899, 643), (150, 3126, 2870), (60, 1596, 1340)])
 def test_parameters_of_g(classes, with_guidance, without):
-    """Sec. 2.2: 899 parameters with the guidance map; Sec. 3.1: 643 without, 19 classes."""
+    """Sec. 2.2: 899 parameters with guidance map; Sec. 3.1: 643 without, 19 classes."""
     assert nrd.theta_length((18, 16, 16, classes)) == with_guidance
     assert nrd.theta_length((2, 16, 16, classes)) == without
 
@@ -84,8 +84,9 @@ def test_parts_have_their_known_size():
 def test_coordinates_run_along_x_then_y_and_leave_out_one():
     """Q: channel 0 is x, it grows to the right; values 0, 1/8, .., 7/8 (N3)."""
     x, y = nrd.coordinate_map(8)
-    assert x[0].tolist() == [i / 8 for i in range(8)], "channel 0 must grow to the right"
-    assert y[:, 0].tolist() == [i / 8 for i in range(8)], "channel 1 must grow downwards"
+    eighths = [i / 8 for i in range(8)]
+    assert x[0].tolist() == eighths, "channel 0 must grow to the right"
+    assert y[:, 0].tolist() == eighths, "channel 1 must grow downwards"
 
 
 def test_cells_and_back_is_the_identity():
@@ -125,7 +126,8 @@ def test_guidance_lines_up_with_the_cells_at_any_size(H, W):
     m = decoder.guidance(res2)
     fitted = decoder.fit(m, h, w)
     assert fitted.shape[-2:] == (8 * h, 8 * w)
-    torch.testing.assert_close(fitted[..., :q, :r], m, msg="guidance slid under the cells")
+    torch.testing.assert_close(fitted[..., :q, :r], m,
+                               msg="guidance slid under the cells")
 
 
 @pytest.mark.parametrize("patch", [1, 4, 8, 16, 32])
@@ -136,7 +138,7 @@ def test_any_number_of_points_per_cell(patch):
 
 
 def test_initialisations_differ_in_what_g_can_learn():
-    """N2: the official start leaves g near zero and its first layer without gradient."""
+    """N2: the official start leaves g near zero, its first layer without gradient."""
     gradient = {}
     for init in ("mlp", "official"):
         torch.manual_seed(0)
@@ -153,13 +155,16 @@ def test_carafe_is_a_weighted_mean_of_5x5_neighbours():
     """CARAFE, read literally: out(y, x) = sum_k softmax(weights)_k * feature_k."""
     decoder = nrd.CARAFEDecoder(4, 3, factor=2, compressed=5).double()
     context = torch.randn(1, 4, 3, 4, dtype=torch.float64)
-    weights = decoder.predict(decoder.compress(context)).reshape(1, 25, 4, 3, 4).softmax(1)
-    padded, up = F.pad(context, (2, 2, 2, 2)), torch.zeros(1, 4, 6, 8, dtype=torch.float64)
+    weights = decoder.predict(decoder.compress(context))
+    weights = weights.reshape(1, 25, 4, 3, 4).softmax(1)
+    padded = F.pad(context, (2, 2, 2, 2))
+    up = torch.zeros(1, 4, 6, 8, dtype=torch.float64)
     for y in range(6):
         for x in range(8):
             for k in range(25):
                 value = padded[0, :, y // 2 + k // 5, x // 2 + k % 5]
-                up[0, :, y, x] += weights[0, k, y % 2 * 2 + x % 2, y // 2, x // 2] * value
+                weight = weights[0, k, y % 2 * 2 + x % 2, y // 2, x // 2]
+                up[0, :, y, x] += weight * value
     torch.testing.assert_close(decoder(context, {}), decoder.classify(up))
 
 

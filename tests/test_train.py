@@ -34,16 +34,17 @@ def weights(path):
 
 
 def test_a_run_leaves_everything_it_promises(tmp_path, capsys):
-    """config, log, curves, samples, last and best; the number printed is the one stored."""
+    """config, log, curves, samples, last, best; the number printed is stored too."""
     miou = launch(*TINY, "--iterations", 4, "--eval-every", 2, "--out", tmp_path)
     printed = capsys.readouterr().out
     assert f"mIoU {miou:.4f}" in printed and "2/2 images" in printed
-    for name in ("config.json", "log.csv", "curves.png", "samples.png", "last.pt", "best.pt"):
+    for name in ("config.json", "log.csv", "curves.png", "samples.png", "last.pt",
+                 "best.pt"):
         assert (tmp_path / name).stat().st_size > 0, name
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["recipe"]["iterations"] == {"value": 4, "source": "command line"}
     assert config["recipe"]["lr"]["source"] == "ours"
-    state = weights(tmp_path / "last.pt")  # loads with weights_only: tensors, primitives
+    state = weights(tmp_path / "last.pt")  # with weights_only: tensors, primitives
     assert state["iteration"] == 4 and state["miou"] == miou
     assert len(state["classes"]) == len(state["palette"]) == 11
     rows = list(csv.DictReader(open(tmp_path / "log.csv")))
@@ -53,7 +54,7 @@ def test_a_run_leaves_everything_it_promises(tmp_path, capsys):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resume_is_bit_exact(tmp_path, workers):
-    """Weights, momentum and log after 2 + 2 steps equal those after 4, to the last bit."""
+    """Weights, momentum, log after 2 + 2 steps equal those after 4, to the last bit."""
     shared = [*TINY, "--iterations", 4, "--eval-every", 2, "--workers", workers]
     launch(*shared, "--out", tmp_path / "whole")
 
@@ -81,7 +82,7 @@ def test_resume_is_bit_exact(tmp_path, workers):
 
 
 def test_kill_9_loses_only_the_steps_since_the_last_save(tmp_path):
-    """SIGKILL in mid-run: last.pt is whole, nothing half-written, and the run goes on."""
+    """SIGKILL in mid-run: last.pt is whole, nothing half-written, the run goes on."""
     out = tmp_path / "killed"
     argv = [sys.executable, ROOT / "train.py", *TINY, "--iterations", "400",
             "--eval-every", "2", "--out", out]
@@ -95,7 +96,8 @@ def test_kill_9_loses_only_the_steps_since_the_last_save(tmp_path):
     assert saved % 2 == 0 and weights(out / "best.pt")["format"] == 1
     args = train.parse(["--resume", str(out)])
     assert train.resume_point(args)["iteration"] == saved
-    assert args.iterations == 400 and args.batch == 2, "the run's own settings come back"
+    assert args.iterations == 400 and args.batch == 2, (
+        "the run's own settings come back")
 
 
 def test_an_interrupted_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
@@ -157,11 +159,12 @@ def test_paper_recipe_beats_ours_and_command_line_beats_both():
 
 @pytest.mark.parametrize("method", ["nrd", "deeplabv3plus"])
 def test_cityscapes_trains_on_the_distributed_layout(tmp_path, method):
-    """The real command on a drawn tree, made small; 19 classes, weights from nowhere."""
+    """The real command on a drawn tree, made small; 19 classes, no weights loaded."""
     root = draw_tree(tmp_path / "data", "cityscapes", size=(128, 256))
-    done = run("train.py", "--method", method, "--dataset", "cityscapes", "--data-root", root,
-               "--weights", "none", "--backbone", "resnet18", "--iterations", 2, "--batch", 2,
-               "--crop", 64, 64, "--set", "channels=16", "--out", tmp_path / "run")
+    done = run("train.py", "--method", method, "--dataset", "cityscapes",
+               "--data-root", root, "--weights", "none", "--backbone", "resnet18",
+               "--iterations", 2, "--batch", 2, "--crop", 64, 64,
+               "--set", "channels=16", "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert "of 19 classes present" in done.stdout and "2/2 images" in done.stdout
 
