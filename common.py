@@ -137,8 +137,8 @@ def imagenet_weights(backbone: str) -> dict[str, Tensor]:
     except OSError as error:  # URLError is an OSError
         folder = Path(torch.hub.get_dir()) / "checkpoints"
         raise UserError(
-            f"cannot download ImageNet weights ({error}): fetch {weights.url} elsewhere,"
-            f" put it into {folder} and run again, or pass --weights none") from None
+            f"cannot download ImageNet weights ({error}): fetch {weights.url}, "
+            f"put it into {folder} and run again, or pass --weights none") from None
 
 
 def load_weights(net: nn.Module, backbone: str, weights: str) -> str:
@@ -161,8 +161,9 @@ def load_weights(net: nn.Module, backbone: str, weights: str) -> str:
     missing = [k for k in own if k not in good and not k.endswith("batches_tracked")]
     if len(missing) > 0.1 * len(own):
         raise UserError(
-            f"--weights {weights}: only {len(good)} of {len(own)} tensors fit {backbone};"
-            f" no match for {', '.join(missing[:3])} ..; is it for another backbone?")
+            f"--weights {weights}: only {len(good)} of {len(own)} tensors fit "
+            f"{backbone}; no match for {', '.join(missing[:3])} ..; is it for another "
+            f"backbone?")
     net.load_state_dict(good, strict=False)
     return f"{len(good)}/{len(own)} tensors of {weights}; missing: {missing or 'none'}"
 

@@ -79,7 +79,7 @@ class Streets:
 
     def __init__(self, split: str, *, difficulty: float):
         if split not in self.sizes:
-            raise UserError(f"streets has splits {', '.join(self.sizes)}, not {split!r}")
+            raise UserError(f"streets has {', '.join(self.sizes)}, no split {split!r}")
         self.info = Info("streets", STREETS_CLASSES, STREETS_PALETTE)
         self.split, self.difficulty = split, difficulty
 
@@ -127,8 +127,8 @@ def read_mask(path: Path) -> np.ndarray:
     if mask.mode not in ("L", "P", "1"):
         deep = mask.mode.startswith(("I", "F"))
         raise UserError(
-            f"{path}: mask has mode {mask.mode}, expected one 8-bit channel of class ids "
-            f"(L or P); a {'16- or 32-bit' if deep else 'colour-coded'} mask?")
+            f"{path}: mask has mode {mask.mode}, expected one 8-bit channel of class "
+            f"ids (L or P); a {'16- or 32-bit' if deep else 'colour-coded'} mask?")
     return np.array(mask, dtype=np.uint8)
 
 
@@ -142,10 +142,11 @@ def map_labels(raw: np.ndarray, lut: np.ndarray, path: Path) -> np.ndarray:
     bad = np.flatnonzero((counts > 0) & (lut < 0))
     if len(bad):
         listed = ", ".join(f"{v} ({counts[v]} px)" for v in bad[:6])
+        listed += " .." if len(bad) > 6 else ""
         legal = np.flatnonzero(lut >= 0)
         raise UserError(
-            f"{path}: illegal label values {listed}{' ..' if len(bad) > 6 else ''}; legal "
-            f"are {legal[0]}..{legal[legal < 255].max()} and 255; "
+            f"{path}: illegal label values {listed}; legal are "
+            f"{legal[0]}..{legal[legal < 255].max()} and 255; "
             f"{likely_cause(np.flatnonzero(counts))}")
     return lut.astype(np.uint8)[raw]
 
@@ -429,6 +430,22 @@ def train_loader(dataset, batches: Batches, *, workers: int, **augmentation):
         Augmented(dataset, seed=batches.seed, **augmentation), batch_sampler=batches,
         num_workers=workers, pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if workers else None)
+
+
+def whole_loader(dataset, indices: list[int], batch: int, *, workers: int):
+    """Whole images of one size in full batches, for the statistics of batch norm."""
+    return torch.utils.data.DataLoader(
+        torch.utils.data.Subset(Plain(dataset), indices), batch_size=batch,
+        drop_last=True, num_workers=workers, collate_fn=same_size)
+
+
+def same_size(samples: list[tuple[Tensor, Tensor]]):
+    """The usual batch, or a sentence that says why there is none."""
+    sizes = sorted({tuple(labels.shape) for _, labels in samples})
+    if len(sizes) > 1:
+        raise UserError(f"--bn-images needs whole images of one size, but there are "
+                        f"{sizes[0]} and {sizes[-1]}; pass --bn-images 0")
+    return torch.utils.data.default_collate(samples)
 
 
 def val_loader(dataset, *, workers: int):

@@ -17,7 +17,7 @@ Dimension key
 
 Paper -> code
     | Fig. 2            | DeepLabv3Plus.forward        | encoder, ASPP, decoder |
-    | Sec. 3.1, decoder | DeepLabv3PlusDecoder.forward | up, concatenate, 3x3, 3x3, 1x1 |
+    | Sec. 3.1, decoder | DeepLabv3PlusDecoder.forward | up, concatenate, 3x3, 3x3 |
     | Sec. 3.1, encoder | build                        | output stride 16 or 8, rates |
     | Sec. 3.1, eq. (1) | atrous_convolution           | y_i = sum_k x_(i + r k) w_k |
     | Sec. 4.1, 48      | build                        | 1x1 to 48, [3x3, 256] twice |

@@ -132,7 +132,8 @@ def sample_sheet(model, dataset, path: Path, *, device, count=4) -> None:
         tiles = [picture, colourise(truth, dataset.info.palette),
                  colourise(guess, dataset.info.palette), errors.astype(np.uint8)]
         rim = ((2, 2), (2, 2), (0, 0))
-        rows.append(np.concatenate([np.pad(t, rim, constant_values=255) for t in tiles], 1))
+        tiles = [np.pad(tile, rim, constant_values=255) for tile in tiles]
+        rows.append(np.concatenate(tiles, axis=1))
     width = max(r.shape[1] for r in rows)
     rows = [np.pad(r, ((0, 0), (0, width - r.shape[1]), (0, 0)), constant_values=255)
             for r in rows]
@@ -291,9 +292,10 @@ def run_row(folder: Path) -> dict:
                   if r["images_per_s"]]
     return {"method": checkpoint["method"], "dataset": checkpoint["dataset"],
             "backbone": checkpoint["backbone"],
-            "init": checkpoint["options"].get("init", ""), "iterations": checkpoint["iteration"], "params": cost["params"],
-            "gmacs": cost["gmacs"], "size": size, "seed": checkpoint["seed"],
-            "miou": checkpoint["miou"],
+            "init": checkpoint["options"].get("init", ""),
+            "iterations": checkpoint["iteration"],
+            "params": cost["params"], "gmacs": cost["gmacs"], "size": size,
+            "seed": checkpoint["seed"], "miou": checkpoint["miou"],
             "images_per_s": float(np.median(speeds)) if speeds else float("nan")}
 
 

@@ -52,13 +52,12 @@ Notes (paper says / official code does / we do / effect)
         projection 3x3 / as the code / the 3x3 costs 24 GMACs of the encoder's 214.
     N8  Auxiliary FCN head on res4, weight 0.4, no dropout in the main head: "default
         settings" of mmsegmentation / as the code / part of Params, not of GFLOPs.
-    N9  Image sizes: silent / multiples of 32 only, else guidance and cells disagree / we
-        repeat the guidance map's last row and column up to the grid of cells and cut
-        the result / at multiples of 32 none.
+    N9  Image sizes: silent / multiples of 32 only, else guidance and cells disagree /
+        we repeat the guidance map's last row and column up to the grid of cells and
+        cut the result / at multiples of 32 none.
     N10 DUC and CARAFE of Table 3: no dimensions / - / the ones that cost what the table
         says (searched) / DUC's 110.8 M Params include an unused 3x3 of 9.4 M; CARAFE
         counts 205.1 here, and 203.4 without the reassembly, which their counter misses.
-    N11 Iterations: 80k in the text, 84K in Table 1 / 84k = 4k warm-up + 80k / 84k / none.
 
 Run
     python nrd.py                              shapes and costs, seconds on a CPU
@@ -101,30 +100,31 @@ VARIANTS = {
 
 PAPER = "paper, Sec. 3"
 MMSEG = "mmsegmentation's default, which Sec. 3 inherits"
-SCHEDULE = {"backbone": ("resnet50", PAPER), "weights": ("imagenet", PAPER),
+SCHEDULE = {"lr": (0.01, PAPER), "weight_decay": (5e-4, PAPER),
+            "backbone": ("resnet50", PAPER), "weights": ("imagenet", PAPER),
             "batch": (16, MMSEG), "momentum": (0.9, MMSEG), "power": (0.9, MMSEG),
             "min_lr": (1e-4, "official code"), "warmup": (4000, "Table 3"),
             "scale": ((0.5, 2.0), MMSEG), "aux_weight": (0.4, MMSEG)}
 RECIPES = {
     "cityscapes": SCHEDULE | {
-        "lr": (0.01, PAPER), "weight_decay": (5e-4, PAPER), "crop": ((512, 1024), PAPER),
-        "iterations": (84_000, "Table 1")},  # [N11]
+        "crop": ((512, 1024), PAPER), "iterations": (84_000, "Table 1; 80k in Sec. 3")},
     "ade20k": SCHEDULE | {
-        "lr": (0.01, PAPER), "weight_decay": (5e-4, PAPER), "crop": ((512, 512), PAPER),
-        "iterations": (164_000, "official code; 160k in Sec. 3")},
+        "crop": ((512, 512), PAPER), "iterations": (164_000, "official code")},
     "context60": SCHEDULE | {
-        "lr": (0.004, PAPER), "weight_decay": (1e-4, PAPER), "crop": ((480, 480), PAPER),
-        "iterations": (84_000, "official code; 80k in Sec. 3")},
+        "lr": (0.004, PAPER), "weight_decay": (1e-4, PAPER),
+        "crop": ((480, 480), PAPER), "iterations": (84_000, "official code")},
 }
 
 CITY, R50, R101, X101 = (1024, 2048), "resnet50c", "resnet101c", "resnext101_64x4d"
 PUBLISHED = [
     published("1", "deeplabv3plus", R50, CITY, 19, 290.6, decoder=76.4, miou=78.9,
               trimap=49.8),
-    published("1", "default", R50, CITY, 19, 234.6, decoder=20.4, miou=79.8, trimap=51.6),
-    published("1", "bilinear", R50, CITY, 19, 215.5, decoder=1.3, miou=74.7, trimap=41.2),
-    published("1", "no-guidance-published", R50, CITY, 19, 216.8, decoder=2.6, miou=78.2,
-              trimap=46.6),
+    published("1", "default", R50, CITY, 19, 234.6, decoder=20.4, miou=79.8,
+              trimap=51.6),
+    published("1", "bilinear", R50, CITY, 19, 215.5, decoder=1.3, miou=74.7,
+              trimap=41.2),
+    published("1", "no-guidance-published", R50, CITY, 19, 216.8, decoder=2.6,
+              miou=78.2, trimap=46.6),
     published("1", "no-guidance", R50, CITY, 19, 216.8, decoder=2.6, miou=78.2,
               trimap=46.6, why="N5: the text's g is larger than the one counted"),
     published("2", "cr8", R50, CITY, 19, None, miou=79.4),
@@ -168,7 +168,7 @@ def theta_length(widths: tuple[int, ...]) -> int:
 
 
 def split_theta(theta: Tensor, widths: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
-    """theta (N, P) -> [(weight (N, out, in), bias (N, out, 1)), ...] per layer.  [N4]"""
+    """theta (N, P) -> per layer a weight (N, out, in), a bias (N, out, 1).  [N4]"""
     layers = []
     for i, o in zip(widths, widths[1:]):
         weight, bias, theta = theta.split([i * o, o, theta.shape[1] - i * o - o], dim=1)
@@ -250,7 +250,7 @@ class Controller(nn.Module):
 def ordinary_mlp(widths: tuple[int, ...]) -> Tensor:
     """theta (P,) of a chain of nn.Linear layers as torch initialises them.  [N2]"""
     chain = [nn.Linear(i, o) for i, o in zip(widths, widths[1:])]
-    return torch.cat([p.flatten() for layer in chain for p in (layer.weight, layer.bias)])
+    return torch.cat([p.flatten() for l in chain for p in (l.weight, l.bias)])
 
 
 class GuidanceMap(nn.Module):
@@ -279,13 +279,15 @@ class NRDDecoder(nn.Module):
         if not (guidance or coordinates):
             raise UserError("guidance=False coordinates=False: g needs an input")
         if patch not in (1, 2, 4, 8, 16, 32):
-            raise UserError(f"patch={patch}: must divide 32, the side of a cell in pixels")
+            raise UserError(f"patch={patch}: must divide 32, a cell's side in pixels")
         inputs = 2 * coordinates + guidance_channels * guidance
         self.patch, self.stride = patch, 32 // patch
         self.widths = (inputs, hidden_channels, hidden_channels, num_classes)
         self.controller = Controller(in_channels, controller_channels, self.widths,
                                      init=init)
-        self.guidance = GuidanceMap(low_channels, guidance_channels) if guidance else None
+        self.guidance = None
+        if guidance:
+            self.guidance = GuidanceMap(low_channels, guidance_channels)
         # Same values in every cell, so they are no parameter and in no checkpoint.
         q = standardise(coordinate_map(patch)) if coordinates else None  # [N1]
         self.register_buffer("coordinates", q, persistent=False)
@@ -327,7 +329,7 @@ class NRDDecoder(nn.Module):
 
 
 class BilinearDecoder(nn.Module):
-    """Table 1: no learned decoder, the classifier on smoothly enlarged features.  [N6]"""
+    """Table 1: no learned decoder, the classifier on enlarged features.  [N6]"""
 
     def __init__(self, in_channels: int, num_classes: int):
         super().__init__()
@@ -355,7 +357,7 @@ class DUCDecoder(nn.Module):
 
 
 class CARAFEDecoder(nn.Module):
-    """Table 3: content-aware reassembly (Wang et al., ICCV 2019), x8 in one step.  [N10]
+    """Table 3: content-aware reassembly (Wang et al., ICCV 2019), x8 at once.  [N10]
 
     Every output point is a weighted mean of the 5x5 features around its source, with
     weights predicted from the content: smooth like bilinear, but it can follow edges.
@@ -375,8 +377,8 @@ class CARAFEDecoder(nn.Module):
         weights = self.predict(self.compress(context))  # (B, k*f*f, h, w)
         weights = weights.reshape(B, k, f * f, h * w)  # (B, k, f*f, h*w)
         weights = weights.softmax(dim=1).permute(0, 3, 1, 2)  # (B, h*w, k, f*f)
-        around = F.unfold(context, self.kernel, padding=self.kernel // 2)  # (B, D*k, h*w)
-        around = around.reshape(B, D, k, h * w).permute(0, 3, 1, 2)  # (B, h*w, D, k)
+        x = F.unfold(context, self.kernel, padding=self.kernel // 2)  # (B, D*k, h*w)
+        around = x.reshape(B, D, k, h * w).permute(0, 3, 1, 2)  # (B, h*w, D, k)
         # (B, h*w, D, k) x (B, h*w, k, f*f) -> (B, h*w, D, f*f)
         x = around @ weights  # (B, h*w, D, f*f)
         return self.classify(from_cells(x.flatten(0, 1), B, h, w))
@@ -519,7 +521,7 @@ def demo() -> None:
                     "out": model(image)["out"]}.items():
         print(f"{name:<8} {tuple(x.shape)}")
     for weight, bias in split_theta(theta.flatten(2)[0].T, model.decoder.widths):
-        print(f"a layer of g: weights {tuple(weight.shape)}, biases {tuple(bias.shape)}")
+        print(f"layer of g: weights {tuple(weight.shape)}, biases {tuple(bias.shape)}")
     print_costs("nrd", CITY, backbone=R50)
 
 

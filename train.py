@@ -6,8 +6,8 @@ From top to bottom: the recipe (which value, and who says so), the pieces of a r
 A run is a folder:
     config.json   what was asked for, and the recipe that came of it
     log.csv       one line per --log-every iterations and per evaluation
-    curves.png    loss, learning rate and mIoU        samples.png  image|truth|prediction
-    last.pt       to resume from                      best.pt      best mIoU on val
+    curves.png    loss, learning rate, mIoU       samples.png  image|truth|prediction
+    last.pt       to resume from                  best.pt      best mIoU on val
 """
 from __future__ import annotations
 
@@ -39,11 +39,12 @@ OURS = {
     "epochs": 40, "iterations": 0, "lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4,
     "power": 0.9, "min_lr": 1e-4, "warmup": 100, "scale": (0.75, 1.5),
     "photometric": True, "aux_weight": 0.4, "ohem": False, "channels": 128,
+    "bn_images": 0,
 }
 OUR_RECIPES = {
     "streets": {"crop": (128, 256), "epochs": 6, "scale": (1.0, 1.0),
                 "photometric": False},
-    "camvid": {"batch": 4, "lr": 0.03, "crop": (224, 288), "epochs": 45},
+    "camvid": {"batch": 4, "lr": 0.03, "epochs": 41, "bn_images": 96},
     "folder": {},
 }
 RECIPE_HELP = {
@@ -59,6 +60,7 @@ RECIPE_HELP = {
     "aux_weight": "weight of each auxiliary loss",
     "ohem": "online hard example mining, 0 or 1",
     "channels": "width of context and decoder, where the method has such an option",
+    "bn_images": "whole images that give batch norm its statistics, 0: the crops do",
 }
 
 
@@ -98,13 +100,14 @@ def make_model(args, values: dict, num_classes: int, *, fresh: bool):
     weights = values["weights"] if fresh else "none"
     model = build_model(args.method, num_classes, backbone=values["backbone"],
                         weights=weights, **options)
-    print(f"{args.method}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M "
-          f"parameters, {values['backbone']}: {model.encoder.loaded if fresh else 'resumed'}")
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{args.method}: {millions:.2f} M parameters, {values['backbone']}: "
+          f"{model.encoder.loaded if fresh else 'resumed'}")
     return model.to(memory_format=torch.channels_last), options
 
 
 def learning_rate(iteration: int, values: dict, total: int) -> float:
-    """Linear warm-up, then poly decay to min_lr; depends on nothing but its arguments."""
+    """Linear warm-up times poly decay to min_lr; a function of its arguments only."""
     poly = (1 - iteration / total) ** values["power"]
     rate = (values["lr"] - values["min_lr"]) * poly + values["min_lr"]
     return rate * min(1.0, (iteration + 1) / max(values["warmup"], 1))
@@ -113,13 +116,17 @@ def learning_rate(iteration: int, values: dict, total: int) -> float:
 def prepare_data(args, values: dict):
     """Both splits, opened and spot-checked, so that bad files fail before step one."""
     split = {"root": args.data_root, "difficulty": args.difficulty}
-    train, val = (data.open_dataset(args.dataset, name, **split) for name in ("train", "val"))
+    train, val = (data.open_dataset(args.dataset, name, **split)
+                  for name in ("train", "val"))
     if args.dataset != "streets":
         for part in (train, val):
             data.check_some(part)
     if values["batch"] < 2:
         raise UserError("--batch 1: batch norm on the pooled 1x1 map of ASPP needs at "
                         "least two images; pass --batch 2 or more")
+    if 0 < values["bn_images"] < values["batch"]:
+        raise UserError(f"--bn-images {values['bn_images']}: fewer than one batch of "
+                        f"{values['batch']}")
     return train, val
 
 
@@ -128,8 +135,8 @@ def run_folder(args) -> Path:
     if args.out:
         folder = Path(args.out)
         if (folder / "last.pt").exists():
-            raise UserError(f"{folder} holds a run; continue it with --resume {folder}, "
-                            f"or give another --out")
+            raise UserError(f"{folder} holds a run; continue it with --resume "
+                            f"{folder}, or give another --out")
     else:
         name = f"{args.method.replace(':', '-')}-{args.dataset}-s{args.seed}"
         taken = 1
@@ -164,7 +171,8 @@ def start_run(args) -> Run:
     checkpoint = resume_point(args)
     recipe = make_recipe(args)
     values = {name: value for name, (value, _) in recipe.items()}
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(args.device or default)
     torch.manual_seed(args.seed)
     train_set, val_set = prepare_data(args, values)
     model, options = make_model(args, values, len(val_set.info.classes),
@@ -173,7 +181,8 @@ def start_run(args) -> Run:
     optimizer = torch.optim.SGD(model.parameters(), lr=values["lr"],
                                 momentum=values["momentum"],
                                 weight_decay=values["weight_decay"])
-    total = values["iterations"] or values["epochs"] * (len(train_set) // values["batch"])
+    steps_per_epoch = len(train_set) // values["batch"]
+    total = values["iterations"] or values["epochs"] * steps_per_epoch
     first, best = 0, -1.0
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
@@ -187,7 +196,8 @@ def start_run(args) -> Run:
             "classes": list(val_set.info.classes),
             "palette": [list(c) for c in val_set.info.palette],
             "mean": list(data.MEAN), "std": list(data.STD), "seed": args.seed,
-            "recipe": {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()},
+            "recipe": {name: list(value) if isinstance(value, tuple) else value
+                       for name, value in values.items()},
             "versions": versions()}
     return Run(args, values, device, model, optimizer, train_set, val_set, folder, meta,
                first, total, best)
@@ -197,7 +207,7 @@ def start_run(args) -> Run:
 
 
 def train(args) -> float:
-    """One run from its first, or its resumed, step to its last; returns the last mIoU."""
+    """One run from its first, or its resumed, step to its last; the last mIoU."""
     started = time.time()
     run = start_run(args)
     values, first, total = run.values, run.first, run.total
@@ -213,8 +223,9 @@ def train(args) -> float:
         loss, terms, rate = train_step(run, done - 1, images, labels)
         if done % args.log_every == 0 or done == total:
             speed = (done - since) * values["batch"] / (time.time() - clock)
-            log.progress(done, total, rate, loss.item(), terms, speed, memory(run.device),
-                         eta=(total - done) * values["batch"] / speed)
+            left = (total - done) * values["batch"] / speed
+            log.progress(done, total, rate, loss.item(), terms, speed,
+                         memory(run.device), eta=left)
             clock, since = time.time(), done
         if done % every == 0 or done == total:
             matrix = evaluate_and_save(run, done, log)
@@ -239,23 +250,31 @@ def train_step(run: Run, iteration: int, images: Tensor, labels: Tensor):
     images = images.to(run.device, non_blocking=True, memory_format=torch.channels_last)
     labels = labels.to(run.device, non_blocking=True)
     run.model.train()
-    with torch.autocast(run.device.type, torch.bfloat16, enabled=run.args.amp == "bf16"):
+    with autocast(run):
         outputs = run.model(images)
-    loss, terms = segmentation_loss(outputs, labels, aux_weight=run.values["aux_weight"],
-                                    ohem=run.values["ohem"])
+    loss, terms = segmentation_loss(
+        outputs, labels, aux_weight=run.values["aux_weight"], ohem=run.values["ohem"])
     if not torch.isfinite(loss):
+        parts = ", ".join(f"{name} {term.item():.3g}" for name, term in terms.items())
         raise UserError(
-            f"loss is {loss.item()} at iteration {iteration}, learning rate {rate:.2g} ("
-            f"{', '.join(f'{name} {term.item():.3g}' for name, term in terms.items())}); "
-            f"try a lower --lr or a longer --warmup")
+            f"loss is {loss.item()} at iteration {iteration}, learning rate {rate:.2g} "
+            f"({parts}); try a lower --lr or a longer --warmup")
     run.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     run.optimizer.step()
     return loss.detach(), terms, rate
 
 
+def autocast(run: Run):
+    """--amp bf16: matrix products and convolutions in bfloat16, weights in float32."""
+    return torch.autocast(run.device.type, torch.bfloat16,
+                          enabled=run.args.amp == "bf16")
+
+
 def evaluate_and_save(run: Run, done: int, log: Log):
     """Score the whole validation split, then write best.pt, if it is, and last.pt."""
+    if run.values["bn_images"]:
+        refresh_batch_norm(run)
     matrix = score_dataset(run.model, run.val_set, device=run.device,
                            workers=run.args.workers, amp=run.args.amp)
     miou = matrix.miou()
@@ -271,14 +290,31 @@ def evaluate_and_save(run: Run, done: int, log: Log):
     return matrix
 
 
+def refresh_batch_norm(run: Run) -> None:
+    """Take batch norm's running statistics anew, from whole training images.
+
+    Training sees crops, evaluation sees whole images, and the two differ: in a map of
+    8x11 cells a 3x3 convolution of dilation 9 reads little but zero padding, in one of
+    12x15 it reads features. On CamVid this alone was worth 15 points of mIoU.
+    """
+    count, length = run.values["bn_images"], len(run.train_set)
+    picked = [i * length // count for i in range(min(count, length))]
+    images = data.whole_loader(run.train_set, picked, run.values["batch"],
+                               workers=run.args.workers)
+    with autocast(run):
+        torch.optim.swa_utils.update_bn(images, run.model, device=run.device)
+
+
 def describe(folder: Path, args, recipe, device, total, n_train, n_val) -> None:
     """Say and store what is about to happen, each value with where it comes from."""
     print(f"{args.dataset}: {n_train} training, {n_val} validation images; {device}, "
           f"{torch.get_num_threads()} threads, {args.workers} workers, amp {args.amp}")
     print_recipe(recipe)
     batch = recipe["batch"][0]
-    print(f"{total} steps of {batch} images = {total * batch / n_train:.1f} epochs -> {folder}")
-    config = {"args": {k: v for k, v in vars(args).items() if k not in ("resume", "given")},
+    print(f"{total} steps of {batch} images = {total * batch / n_train:.1f} epochs "
+          f"-> {folder}")
+    asked = {k: v for k, v in vars(args).items() if k not in ("resume", "given")}
+    config = {"args": asked,
               "recipe": {k: {"value": v, "source": s} for k, (v, s) in recipe.items()},
               "command": " ".join(sys.argv), "versions": versions()}
     (folder / "config.json").write_text(json.dumps(config, indent=1))
@@ -301,7 +337,7 @@ def memory(device) -> float:
 
 
 def save_checkpoint(state: dict, path: Path) -> None:
-    """Write beside, flush to disk, then rename: `path` is the old or the new, never half."""
+    """Write beside, flush to disk, rename: `path` is the old or the new, never half."""
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -324,8 +360,8 @@ def resume_point(args) -> dict | None:
     given = {k: v for k, v in vars(args).items() if k in args.given and k not in free}
     changed = [f"{k}: {saved[k]} -> {v}" for k, v in given.items() if saved[k] != v]
     if changed:
-        raise UserError(f"--resume continues a run as it was; changed: {'; '.join(changed)}."
-                        f" Leave these out, or start a new run")
+        raise UserError(f"--resume continues a run as it was; changed: "
+                        f"{'; '.join(changed)}. Leave these out, or start a new run")
     for key, value in saved.items():
         if key not in args.given or key not in free:
             setattr(args, key, value)
@@ -347,7 +383,8 @@ class Log:
         self.rows = []
         if path.exists() and first:
             with open(path) as file:
-                self.rows = [r for r in csv.DictReader(file) if int(r["iteration"]) <= first]
+                self.rows = [row for row in csv.DictReader(file)
+                             if int(row["iteration"]) <= first]
         self.file = open(path, "w", newline="")
         self.writer = csv.DictWriter(self.file, self.columns, restval="")
         self.writer.writeheader()
@@ -358,17 +395,19 @@ class Log:
         self.writer.writerow(row)
         self.file.flush()
 
-    def progress(self, done, total, rate, loss, terms, speed, gigabytes, *, eta) -> None:
+    def progress(self, done, total, rate, loss, terms, speed, gigabytes, *, eta):
         aux = sum(v.item() for k, v in terms.items() if k != "out")
         self.write(iteration=done, lr=f"{rate:.6g}", loss=f"{loss:.5f}",
                    out=f"{terms['out'].item():.5f}", aux=f"{aux:.5f}",
                    images_per_s=f"{speed:.1f}", memory_gb=f"{gigabytes:.2f}")
         print(f"{done:>6}/{total}  loss {loss:.3f}  lr {rate:.4f}  {speed:.1f} img/s  "
-              f"{gigabytes:.1f} GB  ETA {int(eta // 60)}:{int(eta % 60):02d}", flush=True)
+              f"{gigabytes:.1f} GB  ETA {int(eta // 60)}:{int(eta % 60):02d}",
+              flush=True)
 
     def evaluation(self, done, miou, accuracy) -> None:
         self.write(iteration=done, miou=f"{miou:.5f}", pixel_accuracy=f"{accuracy:.5f}")
-        print(f"{done:>6}  val mIoU {miou:.4f}  pixel accuracy {accuracy:.4f}", flush=True)
+        print(f"{done:>6}  val mIoU {miou:.4f}  pixel accuracy {accuracy:.4f}",
+              flush=True)
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         rows = [r for r in self.rows if r.get(name)]
@@ -386,7 +425,8 @@ class Log:
         rate.plot(*self.series("lr"), color="0.6", lw=1)
         rate.set_ylabel("learning rate", color="0.5")
         right.plot(*self.series("miou"), "o-", color="tab:green", label="mIoU")
-        right.plot(*self.series("pixel_accuracy"), "o-", color="0.6", label="pixel accuracy")
+        right.plot(*self.series("pixel_accuracy"), "o-", color="0.6",
+                   label="pixel accuracy")
         right.set(xlabel="iteration", ylim=(0, 1), title="validation")
         right.grid(alpha=0.3)
         right.legend(loc="lower right")
@@ -408,11 +448,12 @@ class Given(argparse.Action):
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(
-        description="Train a method of this library. Without arguments: NRD on procedural "
-        "streets, a few minutes on two CPU cores, nothing to download.",
-        epilog="Recipe values that are not given come from the module's RECIPES where its "
-        "paper states them for the data set, else from train.py; each is printed with "
-        "its source. Ctrl-C loses the steps since the last evaluation; --resume goes on.")
+        description="Train a method of this library. Without arguments: NRD on "
+        "procedural streets, a few minutes on two CPU cores, nothing to download.",
+        epilog="Recipe values that are not given come from the module's RECIPES where "
+        "its paper states them for the data set, else from train.py; each is printed "
+        "with its source. Ctrl-C loses the steps since the last evaluation; --resume "
+        "goes on.")
     parser.set_defaults(given=frozenset())
     add = lambda *names, **kw: parser.add_argument(*names, action=Given, **kw)
     add("--method", default="nrd", metavar="M[:VARIANT]",

@@ -25,10 +25,9 @@ def run(*argv, cwd=ROOT, timeout=120) -> subprocess.CompletedProcess:
                           capture_output=True, text=True)
 
 
-def save(path: Path, array: np.ndarray, mode=None) -> Path:
+def save(path: Path, array: np.ndarray) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path) if mode is None else Image.fromarray(
-        array).convert(mode).save(path)
+    Image.fromarray(array).save(path)
     return path
 
 

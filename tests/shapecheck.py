@@ -39,7 +39,7 @@ class Call:
 
 
 def disagreement(symbols, shape, sizes) -> str | None:
-    """None if shape and comment agree so far; KeyError-like symbols stay unchecked."""
+    """None if shape and comment agree; NameError if a symbol has no size yet."""
     if len(symbols) != len(shape):
         return f"{len(symbols)} dimensions in the comment, {len(shape)} in the tensor"
     for symbol, size in zip(symbols, shape):

@@ -33,11 +33,18 @@ def test_streets_hold_every_class_often_and_thin_things_too():
     assert masks.max() < len(data.STREETS_CLASSES)
 
 
-def test_difficulty_changes_colours_not_labels():
-    easy, hard = (data.draw_street("val", 5, difficulty=d) for d in (0.0, 1.0))
-    assert np.array_equal(easy[1], hard[1])
-    assert easy[0].astype(int).std() > hard[0].astype(int).std() * 0.5
-    assert not np.array_equal(easy[0], hard[0])
+def test_difficulty_makes_classes_look_alike_and_leaves_labels_alone():
+    """Whoever guesses each pixel's class from its colour errs ever more often."""
+    right = []
+    for difficulty in (0.0, 0.5, 1.0):
+        scenes = [data.draw_street("val", i, difficulty=difficulty) for i in range(8)]
+        colours = np.concatenate([s[0].reshape(-1, 3)[::7] for s in scenes]).astype(int)
+        ids = np.concatenate([s[1].ravel()[::7] for s in scenes])
+        means = np.stack([colours[ids == c].mean(0) for c in range(11)])
+        guess = np.square(colours[:, None] - means).sum(2).argmin(1)
+        right.append((guess == ids).mean())
+        assert np.array_equal(scenes[5][1], data.draw_street("val", 5)[1])
+    assert right[0] > right[1] + 0.05 > right[2] + 0.1, right
 
 
 def test_streets_are_drawn_faster_than_they_are_eaten():
@@ -108,7 +115,6 @@ def test_folder_takes_names_and_colours_from_classes_txt(tmp_path):
 MASKS = {
     "illegal value": (np.full((64, 96), 200, np.uint8),
                       r"illegal label values 200 \(6144 px\)"),
-    "binary": (np.uint8(255) * (np.arange(64 * 96).reshape(64, 96) % 2 == 0), None),
     "colour": (np.zeros((64, 96, 3), np.uint8), "mode RGB.*colour-coded"),
     "16 bit": (np.zeros((64, 96), np.uint16), "mode I;16.*16- or 32-bit"),
     "other size": (np.zeros((32, 96), np.uint8), r"mask is \(32, 96\) but its image"),
@@ -116,7 +122,7 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("fault", [k for k, v in MASKS.items() if v[1]])
+@pytest.mark.parametrize("fault", MASKS)
 def test_bad_mask_is_named_with_its_cause(tmp_path, fault):
     dataset = data.open_dataset("camvid", "train",
                                 root=str(draw_tree(tmp_path, "camvid")))
@@ -127,8 +133,7 @@ def test_bad_mask_is_named_with_its_cause(tmp_path, fault):
     assert str(path) in str(caught.value)
 
 
-def test_binary_mask_is_recognised(tmp_path):
-    """Values 0 and 255 are legal as such (class 0 and ignore) unless 0 is no class."""
+def test_binary_mask_is_recognised():
     assert "binary" in data.likely_cause(np.array([0, 255]))
 
 
@@ -236,14 +241,14 @@ def test_crop_avoids_one_class_filling_it():
 
 
 def test_samples_do_not_depend_on_the_number_of_workers():
-    """Same batches with 0, 1 and 3 workers; another seed or epoch gives others."""
+    """Same batches with 0, 1 and 2 workers; another seed or epoch gives others."""
     def batches(workers, seed=0):
         plan = data.Batches(600, 4, start=148, stop=152, seed=seed)
         return [b for pair in data.train_loader(
             data.open_dataset("streets", "train"), plan, workers=workers, crop=(64, 96),
             scale=(0.5, 2.0), photometric=True) for b in pair]
     alone = batches(0)
-    for workers in (1, 3):
+    for workers in (1, 2):
         assert all(map(torch.equal, alone, batches(workers))), (
             f"{workers} workers differ")
     assert not torch.equal(alone[0], batches(0, seed=1)[0])

@@ -65,11 +65,11 @@ def test_dilation_keeps_resolution_and_parameters(backbone, stride):
 
 
 def test_dilated_stage_still_sees_the_same_pixels():
-    """Dilation replaces stride: res5 of the dilated net, read at every second position,
-    is res5 of the plain net if each stage starts on the same grid (1x1 kernels aside).
+    """Dilation replaces stride, with the same weights.
 
-    Away from the border the receptive field must be the same: one input pixel that the
-    plain net ignores at some location must not reach it in the dilated one.
+    The first 3x3 of a dilated stage still works on the old grid, so its dilation is 1:
+    read at every second position it gives what the strided one gives. From the second
+    convolution on neighbours are two positions apart.
     """
     torch.manual_seed(0)
     plain = common.Encoder("resnet18").eval()
