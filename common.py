@@ -39,16 +39,12 @@ class UserError(Exception):
 
 
 def conv_bn_relu(in_channels: int, out_channels: int, kernel: int = 3, *, stride=1,
-                 dilation=1, groups=1, relu=True) -> nn.Sequential:
+                 dilation=1, groups=1) -> nn.Sequential:
     """Convolution without bias, batch norm, ReLU; gives ceil(size / stride)."""
-    layers = [
+    return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel, stride=stride, dilation=dilation,
                   padding=dilation * (kernel // 2), groups=groups, bias=False),
-        nn.BatchNorm2d(out_channels),
-    ]
-    if relu:
-        layers.append(nn.ReLU(inplace=True))
-    return nn.Sequential(*layers)
+        nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
 
 
 def separable_conv(in_channels: int, out_channels: int, *, dilation=1) -> nn.Sequential:

@@ -282,7 +282,7 @@ def command_cost(args) -> None:
 
 
 def run_row(folder: Path) -> dict:
-    """What one run says of itself: method, cost, last and best mIoU, speed."""
+    """What one run says of itself: method, cost, mIoU of last.pt, speed."""
     checkpoint = load_checkpoint(folder / "last.pt")
     size = checkpoint["recipe"]["crop"]
     cost = count_cost(checkpoint["method"], len(checkpoint["classes"]), tuple(size),
@@ -292,7 +292,11 @@ def run_row(folder: Path) -> dict:
                   if r["images_per_s"]]
     return {"method": checkpoint["method"], "dataset": checkpoint["dataset"],
             "backbone": checkpoint["backbone"],
-            "init": checkpoint["options"].get("init", ""),
+            # Runs that differ in any of these are not averaged.
+            "key": json.dumps([checkpoint[k] for k in (
+                "method", "options", "dataset", "difficulty", "recipe", "iteration")]),
+            "set": " ".join(f"{k}={v}" for k, v in checkpoint["options"].items()
+                            if k != "channels"),
             "iterations": checkpoint["iteration"],
             "params": cost["params"], "gmacs": cost["gmacs"], "size": size,
             "seed": checkpoint["seed"], "miou": checkpoint["miou"],
@@ -301,19 +305,16 @@ def run_row(folder: Path) -> dict:
 
 def command_table(args) -> None:
     """Markdown to the screen, csv with --csv: a line per configuration, over seeds."""
-    groups: dict[tuple, list[dict]] = {}
+    groups: dict[str, list[dict]] = {}
     for row in map(run_row, map(Path, args.runs)):
-        key = tuple(str(row[k]) for k in ("method", "dataset", "backbone", "init",
-                                          "iterations"))
-        groups.setdefault(key, []).append(row)
+        groups.setdefault(row["key"], []).append(row)
     table = []
     for rows in groups.values():
         scores = [r["miou"] for r in sorted(rows, key=lambda r: r["seed"])]
         spread = f" ± {np.std(scores, ddof=1):.4f}" if len(scores) > 1 else ""
         first = rows[0]
-        name = first["method"] + (f" (init={first['init']})" if first["init"] else "")
         table.append({
-            "method": name, "dataset": first["dataset"], "backbone": first["backbone"],
+            "method": f"{first['method']} {first['set']}".strip(), "dataset": first["dataset"], "backbone": first["backbone"],
             "steps": first["iterations"], "params (M)": f"{first['params']:.2f}",
             "GMACs": "{:.2f} at {}x{}".format(first["gmacs"], *first["size"]),
             "mIoU": f"{np.mean(scores):.4f}{spread}", "n": len(scores),
