@@ -314,7 +314,8 @@ def command_table(args) -> None:
         spread = f" ± {np.std(scores, ddof=1):.4f}" if len(scores) > 1 else ""
         first = rows[0]
         table.append({
-            "method": f"{first['method']} {first['set']}".strip(), "dataset": first["dataset"], "backbone": first["backbone"],
+            "method": f"{first['method']} {first['set']}".strip(),
+            "dataset": first["dataset"], "backbone": first["backbone"],
             "steps": first["iterations"], "params (M)": f"{first['params']:.2f}",
             "GMACs": "{:.2f} at {}x{}".format(first["gmacs"], *first["size"]),
             "mIoU": f"{np.mean(scores):.4f}{spread}", "n": len(scores),
