@@ -34,9 +34,11 @@ Notes (paper says / official code does / we do / effect)
         standardised once, which changes nothing before a batch norm / without guidance
         it centres the patch on g's kinks: @N1@.
     N2  Initialisation of the controller's last layer: silent / xavier divided by P,
-        bias 0, so that all three layers of g start near zero / init="mlp": the bias
-        holds an ordinarily initialised MLP, so that g works from the first step;
-        init="official" is theirs / @N2@
+        bias 0, so that all three layers of g start near zero / theirs with the paper's
+        recipes. Short runs from scratch use init="mlp": the bias is an ordinarily
+        initialised MLP, and the features are divided by sqrt(512), else a step of SGD
+        moves theta about 512 times as far as g's own gradient says and kills its ReLUs
+        (all 16 of layer 2 within 75 steps on CamVid, lr 0.03) / @N2@
     N3  Range of Q: "from 0 to 1 with step 1/s", s values / {0, 1/8, .., 7/8}, not
         centred, order (x, y) / as the code / none: the batch norm of N1 absorbs it.
     N4  Order of theta: silent / w0 b0 w1 b1 w2 b2, weights as [out][in] / as the code /
@@ -229,22 +231,24 @@ class Controller(nn.Module):
     def __init__(self, in_channels: int, channels: int, widths: tuple[int, ...], *,
                  init: str):
         super().__init__()
+        if init not in ("mlp", "official"):
+            raise UserError(f"init={init!r}: must be 'mlp' or 'official'")
         self.features = conv_bn_relu(in_channels, channels)
         self.theta = nn.Conv2d(channels, theta_length(widths), 1)
-        # Small weights let every cell start with the same theta, the bias. What that
-        # bias is decides whether g can pass a gradient on at all.  [N2]
-        nn.init.xavier_normal_(self.theta.weight)
+        # The bias decides whether g can pass a gradient on at all when training
+        # starts; the scale decides how far a step of SGD then moves theta, namely by
+        # |scale * features|^2 times its gradient.  [N2]
+        self.scale = channels**-0.5 if init == "mlp" else 1.0
         with torch.no_grad():
-            self.theta.weight /= theta_length(widths)
-            if init == "official":
-                self.theta.bias.zero_()
-            elif init == "mlp":
+            if init == "mlp":
+                self.theta.weight.normal_(std=0.3)
                 self.theta.bias.copy_(ordinary_mlp(widths))
             else:
-                raise UserError(f"init={init!r}: must be 'mlp' or 'official'")
+                nn.init.xavier_normal_(self.theta.weight).div_(theta_length(widths))
+                self.theta.bias.zero_()
 
     def forward(self, context: Tensor) -> Tensor:
-        return self.theta(self.features(context))
+        return self.theta(self.scale * self.features(context))
 
 
 def ordinary_mlp(widths: tuple[int, ...]) -> Tensor:
@@ -409,8 +413,8 @@ class NRD(nn.Module):
 
 def build(num_classes: int, *, backbone="resnet50", weights="none", decoder="nrd",
           context="aspp", channels=512, controller_channels=512, hidden_channels=16,
-          guidance_channels=16, guidance=True, coordinates=True, patch=8, init="mlp",
-          aux=True) -> NRD:
+          guidance_channels=16, guidance=True, coordinates=True, patch=8,
+          init="official", aux=True) -> NRD:
     """NRD or one of its rivals; VARIANTS names the rows of the paper's tables.
 
     channels             width D of the context features (512, mmsegmentation)
@@ -419,7 +423,7 @@ def build(num_classes: int, *, backbone="resnet50", weights="none", decoder="nrd
     guidance_channels    Cm, width of the guidance map (16, Table 2)
     guidance, coordinates  which inputs g gets (Table 4)
     patch                s, points per side of a cell (8, Sec. 2.2)
-    init                 'mlp' or 'official'  [N2]
+    init                 'official', or 'mlp' for short runs and from scratch  [N2]
     """
     encoder = Encoder(backbone, weights=weights)
     res5 = encoder.channels["res5"]

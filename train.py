@@ -39,7 +39,7 @@ OURS = {
     "epochs": 40, "iterations": 0, "lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4,
     "power": 0.9, "min_lr": 1e-4, "warmup": 100, "scale": (0.75, 1.5),
     "photometric": True, "aux_weight": 0.4, "ohem": False, "channels": 128,
-    "bn_images": 0,
+    "init": "mlp", "bn_images": 0,
 }
 OUR_RECIPES = {
     "streets": {"crop": (128, 256), "epochs": 6, "scale": (1.0, 1.0),
@@ -60,6 +60,7 @@ RECIPE_HELP = {
     "aux_weight": "weight of each auxiliary loss",
     "ohem": "online hard example mining, 0 or 1",
     "channels": "width of context and decoder, where the method has such an option",
+    "init": "initialisation of the decoder, where the method has such an option",
     "bn_images": "whole images that give batch norm its statistics, 0: the crops do",
 }
 
@@ -68,8 +69,9 @@ def make_recipe(args) -> dict[str, tuple]:
     """{name: (value, source)}: command line over the module's recipe over ours."""
     module, _ = load_method(args.method)
     recipe = {name: (value, "ours") for name, value in OURS.items()}
-    if args.dataset in module.RECIPES:  # a paper's recipe brings the paper's widths
+    if args.dataset in module.RECIPES:  # a paper's recipe brings the paper's network
         recipe.pop("channels")
+        recipe.pop("init")
         recipe |= module.RECIPES[args.dataset]
     else:
         recipe |= {k: (v, "ours") for k, v in OUR_RECIPES.get(args.dataset, {}).items()}
@@ -95,8 +97,9 @@ def make_model(args, values: dict, num_classes: int, *, fresh: bool):
     """The model; encoder weights are read for a fresh run only, never on resume."""
     options = parse_options(args.method, args.set)
     known = load_method(args.method)[0].build.__kwdefaults__
-    if "channels" in values and "channels" in known:
-        options = {"channels": values["channels"]} | options
+    for name in ("channels", "init"):
+        if name in values and name in known:
+            options = {name: values[name]} | options
     weights = values["weights"] if fresh else "none"
     model = build_model(args.method, num_classes, backbone=values["backbone"],
                         weights=weights, **options)
@@ -217,7 +220,7 @@ def train(args) -> float:
     loader = data.train_loader(run.train_set, batches, workers=args.workers,
                                crop=values["crop"], scale=values["scale"],
                                photometric=values["photometric"])
-    every = args.eval_every or max(1, total // 5)
+    every = args.eval_every or -(-total // 5)
     matrix, clock, since = None, time.time(), first
     for done, (images, labels) in enumerate(loader, start=first + 1):
         loss, terms, rate = train_step(run, done - 1, images, labels)

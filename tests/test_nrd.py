@@ -151,6 +151,27 @@ def test_initialisations_differ_in_what_g_can_learn():
     assert gradient["official"] < 1e-2 * gradient["mlp"], gradient
 
 
+def test_a_step_moves_theta_as_far_as_its_gradient_says():
+    """N2: with "mlp" a step of the 1x1's weights and bias moves theta about as if SGD
+    worked on theta itself. Without the scale it goes hundreds of times as far.
+    """
+    distance = {}
+    for init in ("mlp", "official"):
+        torch.manual_seed(0)
+        controller = nrd.Controller(6, 512, (2, 4, 4, 3), init=init).train()
+        context = torch.randn(4, 6, 1, 1)
+        before = controller(context)
+        wanted = torch.zeros_like(before)
+        wanted[0] = torch.randn_like(before[0])  # the gradient of one cell's theta
+        before.backward(wanted)
+        with torch.no_grad():
+            for p in controller.theta.parameters():
+                p -= p.grad
+            moved = before[0] - controller(context)[0]
+        distance[init] = (moved.norm() / wanted[0].norm()).item()
+    assert 1 < distance["mlp"] < 3 and distance["official"] > 100, distance
+
+
 def test_carafe_is_a_weighted_mean_of_5x5_neighbours():
     """CARAFE, read literally: out(y, x) = sum_k softmax(weights)_k * feature_k."""
     decoder = nrd.CARAFEDecoder(4, 3, factor=2, compressed=5).double()
