@@ -100,6 +100,8 @@ def make_model(args, values: dict, num_classes: int, *, fresh: bool):
     for name in ("channels", "init"):
         if name in values and name in known:
             options = {name: values[name]} | options
+        elif getattr(args, name) is not None:
+            raise UserError(f"--{name}: {args.method} has no such option")
     weights = values["weights"] if fresh else "none"
     model = build_model(args.method, num_classes, backbone=values["backbone"],
                         weights=weights, **options)

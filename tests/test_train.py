@@ -197,6 +197,7 @@ def test_cityscapes_trains_on_the_distributed_layout(tmp_path, method):
     (["--dataset", "camvid", "--data-root", "/nowhere"], "no folder /nowhere"),
     (["--dataset", "moon"], "unknown data set 'moon'"),
     (["--batch", "1"], "needs at least two images"),
+    (["--method", "deeplabv3plus", "--init", "mlp"], "has no such option"),
     (["--bn-images", "3"], "fewer than one batch"),
     (["--resume", "runs/none"], "no checkpoint runs/none/last.pt"),
     (["--batch", "1000"], "larger than the training set"),
