@@ -32,12 +32,12 @@ Notes (paper says / official code does / we do / effect)
     N1  Inputs of g: raw coordinates and guidance / batch norm with affine over their
         concatenation, none on coordinates alone / as the code, and coordinates are
         standardised once, which changes nothing before a batch norm / without guidance
-        it centres the patch on g's kinks: @N1@.
+        it centres the patch on g's kinks; on streets no more than the noise of a seed.
     N2  Initialisation of the controller's last layer: silent / xavier divided by P,
         bias 0, so that all three layers of g start near zero / theirs with the paper's
         recipes. Short runs from scratch use init="mlp": the bias is an ordinarily
         initialised MLP, and the features are divided by sqrt(512), else a step of SGD
-        moves theta about 512 times as far as g's own gradient says and kills its ReLUs
+        moves theta hundreds of times as far as its gradient says and kills its ReLUs
         (all 16 of layer 2 within 75 steps on CamVid, lr 0.03) / @N2@
     N3  Range of Q: "from 0 to 1 with step 1/s", s values / {0, 1/8, .., 7/8}, not
         centred, order (x, y) / as the code / none: the batch norm of N1 absorbs it.
