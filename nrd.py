@@ -32,7 +32,7 @@ Notes (paper says / official code does / we do / effect)
     N1  Inputs of g: raw coordinates and guidance / batch norm with affine over their
         concatenation, none on coordinates alone / as the code, and coordinates are
         standardised once, which changes nothing before a batch norm / without guidance
-        it centres the patch on g's kinks; on streets no more than the noise of a seed.
+        g's kinks start inside the patch; on streets within the noise of a seed.
     N2  Initialisation of the controller's last layer: silent / xavier divided by P,
         bias 0, so that all three layers of g start near zero / theirs with the paper's
         recipes. Short runs from scratch use init="mlp": the bias is an ordinarily
@@ -43,11 +43,10 @@ Notes (paper says / official code does / we do / effect)
         centred, order (x, y) / as the code / none: the batch norm of N1 absorbs it.
     N4  Order of theta: silent / w0 b0 w1 b1 w2 b2, weights as [out][in] / as the code /
         none, but checkpoints depend on it.
-    N5  Cost of the row without guidance, 2.6 / 216.8 GMACs (and Table 3's 203.2): the
-        text's g (643 parameters, 512-channel controller) costs 5.5 / 219.2. / The first
-        author's development branch has 8 hidden channels and a 256-channel controller,
-        which gives the printed numbers / `no-guidance` is the text,
-        `no-guidance-published` the numbers / accuracy of either: unknown.
+    N5  Cost without guidance, 2.6 / 216.8 GMACs (and Table 3's 203.2): the text's g and
+        controller (643, 512) cost 5.6 / 219.3. / The first author's development branch
+        has 8 hidden and 256 controller channels, which give the printed numbers /
+        `no-guidance` is the text, `no-guidance-published` the numbers / unknown.
     N6  Bilinear row: 1x1, then upsampling / the printed 1.3 GMACs need the 1x1 at 1/4 /
         as the number says / none: a 1x1 and a bilinear resize commute.
     N7  ASPP: "optional modules such as ASPP" / rates 3, 6, 9, separable, 512 channels,
@@ -57,9 +56,8 @@ Notes (paper says / official code does / we do / effect)
     N9  Image sizes: silent / multiples of 32 only, else guidance and cells disagree /
         we repeat the guidance map's last row and column up to the grid of cells and
         cut the result / at multiples of 32 none.
-    N10 DUC and CARAFE of Table 3: no dimensions / - / the ones that cost what the table
-        says (searched) / DUC's 110.8 M Params include an unused 3x3 of 9.4 M; CARAFE
-        counts 205.1 here, and 203.4 without the reassembly, which their counter misses.
+    N10 DUC, CARAFE: no dimensions / - / those that cost what Table 3 says / its Params
+        of DUC include an unused 9.4 M, its CARAFE lacks 1.7 GMACs of reassembly.
 
 Run
     python nrd.py                              shapes and costs, seconds on a CPU
