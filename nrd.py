@@ -233,9 +233,8 @@ class Controller(nn.Module):
             raise UserError(f"init={init!r}: must be 'mlp' or 'official'")
         self.features = conv_bn_relu(in_channels, channels)
         self.theta = nn.Conv2d(channels, theta_length(widths), 1)
-        # The bias decides whether g can pass a gradient on at all when training
-        # starts; the scale decides how far a step of SGD then moves theta, namely by
-        # |scale * features|^2 times its gradient.  [N2]
+        # The bias decides whether g can pass a gradient on at first, the scale how far
+        # a step of SGD moves theta: |scale * features|^2 times its gradient.  [N2]
         self.scale = channels**-0.5 if init == "mlp" else 1.0
         with torch.no_grad():
             if init == "mlp":
