@@ -296,7 +296,7 @@ def run_row(folder: Path) -> dict:
             "key": json.dumps([checkpoint[k] for k in (
                 "method", "options", "dataset", "difficulty", "recipe", "iteration")]),
             "set": " ".join(f"{k}={v}" for k, v in checkpoint["options"].items()
-                            if checkpoint["recipe"].get(k) != v),
+                            if k != "channels"),
             "iterations": checkpoint["iteration"],
             "params": cost["params"], "gmacs": cost["gmacs"], "size": size,
             "seed": checkpoint["seed"], "miou": checkpoint["miou"],
