@@ -6,7 +6,6 @@ Nothing here belongs to one paper. A reader of `nrd.py` needs that file and this
     ASPP(res5)        -> context features at the encoder's output stride
     segmentation_loss -> scalar, and its terms for the log
     ConfusionMatrix   -> mIoU and what goes with it
-    count_cost        -> parameters and GMACs of encoder / context / decoder
     build_model("nrd:bilinear", 19, backbone="resnet50c")
 
 Dimension key: B batch, C channels, K classes, H, W image height and width in pixels,
@@ -26,7 +25,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 IGNORE_INDEX = 255  # the only "no label" value in the whole library (uint8 masks)
 
@@ -66,6 +64,25 @@ def upsample(x: Tensor, factor: int, size: tuple[int, int]) -> Tensor:
     return x[..., : size[0], : size[1]]
 
 
+def downsample(x: Tensor, factor: int, size: tuple[int, int]) -> Tensor:
+    """Bilinear downsampling by a whole `factor` to `size`: upsample's way back.
+
+    The far border is repeated where the last coarse cell reaches past the map.
+    """
+    (H, W), (h, w) = x.shape[-2:], size
+    x = F.pad(x, (0, w * factor - W, 0, h * factor - H), mode="replicate")
+    return F.interpolate(x, scale_factor=1 / factor, mode="bilinear",
+                         align_corners=False)
+
+
+def one_hot(labels: Tensor, num_classes: int) -> Tensor:
+    """Class ids (B, H, W) to {0, 1} in float32, (B, K, H, W); ignored pixels are 0."""
+    B, H, W = labels.shape
+    ids = labels.long().clamp(max=num_classes)[:, None]  # 255: a class of its own
+    planes = torch.zeros(B, num_classes + 1, H, W, device=labels.device)
+    return planes.scatter_(1, ids, 1.0)[:, :num_classes]
+
+
 def full_precision(x: Tensor):
     """A block in which autocast leaves float32 alone on the device of `x`."""
     device = x.device.type  # the meta device, used for counting, knows no autocast
@@ -77,11 +94,13 @@ def full_precision(x: Tensor):
 
 STEMS = {"": None, "c": (32, 32, 64), "s": (64, 64, 128)}
 BACKBONES = tuple(f"resnet{n}{s}" for n in (18, 50, 101) for s in STEMS)
-BACKBONES += ("resnext101_64x4d",)
+BACKBONES += ("resnext101_64x4d", "shufflenet_v2_x1_5")
 
 
 def split_backbone(backbone: str) -> tuple[str, tuple[int, ...] | None]:
     """'resnet50c' -> torchvision's name 'resnet50' and the widths of its deep stem."""
+    if backbone == "labels":
+        Res5Only()["res2"]
     if backbone not in BACKBONES:
         raise UserError(f"unknown backbone {backbone!r}; known: {', '.join(BACKBONES)}")
     suffix = backbone[-1] if backbone[-1] in "cs" else ""
@@ -164,19 +183,47 @@ def load_weights(net: nn.Module, backbone: str, weights: str) -> str:
     return f"{len(good)}/{len(own)} tensors of {weights}; missing: {missing or 'none'}"
 
 
+def resnet_stages(net: nn.Module, output_stride: int) -> tuple[dict, dict]:
+    """The five stages of a torchvision ResNet (less its pooling) and their widths."""
+    if output_stride == 16:
+        dilate_stage(net.layer4, 2)
+    if output_stride == 8:
+        dilate_stage(net.layer3, 2)
+        dilate_stage(net.layer4, 4)
+    width = [m.num_features for m in net.layer4[-1].modules()
+             if isinstance(m, nn.BatchNorm2d)][-1]
+    return {"stem": nn.Sequential(net.conv1, net.bn1, net.relu), "res2": net.layer1,
+            "res3": net.layer2, "res4": net.layer3, "res5": net.layer4}, {
+            "stem": net.bn1.num_features, "res2": width // 8, "res3": width // 4,
+            "res4": width // 2, "res5": width}
+
+
+def shufflenet_stages(net: nn.Module, output_stride: int) -> tuple[dict, dict]:
+    """The same of a ShuffleNetV2, whose 1/4 features are its pooled stem."""
+    if output_stride != 32:
+        raise UserError(f"output_stride {output_stride}: ShuffleNetV2 is not dilated "
+                        f"here; use a ResNet, or a method with output stride 32")
+    a, c, d, _, e = net._stage_out_channels
+    return {"stem": net.conv1, "res2": nn.Identity(), "res3": net.stage2,
+            "res4": net.stage3, "res5": nn.Sequential(net.stage4, net.conv5)}, {
+            "stem": a, "res2": a, "res3": c, "res4": d, "res5": e}
+
+
 class Encoder(nn.Module):
-    """A torchvision ResNet as five named stages.
+    """A torchvision ResNet or ShuffleNetV2 as five named stages.
 
     images (B, 3, H, W) -> {"stem": (B, C0, H/2, W/2), "res2": .. H/4, "res3": .. H/8,
     "res4": .. H/16, "res5": .. H/32}; every size is rounded up. `output_stride` 16 or
     8 dilates the last one or two stages and stops the shrinking there.
 
-    `channels[name]` gives each stage's width. The suffix of the name chooses the stem:
-    'resnet50' torchvision's 7x7 (it has ImageNet weights), 'resnet50c' three 3x3
-    (32, 32, 64), 'resnet50s' three 3x3 (64, 64, 128).
+    `channels[name]` gives each stage's width. The suffix of a ResNet's name chooses the
+    stem: 'resnet50' torchvision's 7x7 (it has ImageNet weights), 'resnet50c' three 3x3
+    (32, 32, 64), 'resnet50s' three 3x3 (64, 64, 128). `ceil_mode` lets the pooling
+    keep a last odd column: 512 -> 257 instead of 256 (SFNet).
     """
 
-    def __init__(self, backbone: str = "resnet50", *, weights="none", output_stride=32):
+    def __init__(self, backbone: str = "resnet50", *, weights="none", output_stride=32,
+                 ceil_mode=False):
         super().__init__()
         name, stem = split_backbone(backbone)
         if output_stride not in (8, 16, 32):
@@ -185,19 +232,12 @@ class Encoder(nn.Module):
         if stem:
             replace_stem(net, stem)
         self.loaded = load_weights(net, backbone, weights)
-        if output_stride == 16:
-            dilate_stage(net.layer4, 2)
-        if output_stride == 8:
-            dilate_stage(net.layer3, 2)
-            dilate_stage(net.layer4, 4)
-        self.stem = nn.Sequential(net.conv1, net.bn1, net.relu)
-        self.maxpool = net.maxpool
-        self.res2, self.res3, self.res4, self.res5 = (
-            net.layer1, net.layer2, net.layer3, net.layer4)
-        width = [c.num_features for c in net.layer4[-1].modules()
-                 if isinstance(c, nn.BatchNorm2d)][-1]
-        self.channels = {"stem": net.bn1.num_features, "res2": width // 8,
-                         "res3": width // 4, "res4": width // 2, "res5": width}
+        split = resnet_stages if "resne" in name else shufflenet_stages
+        stages, self.channels = split(net, output_stride)
+        self.stem, self.maxpool = stages["stem"], net.maxpool
+        self.maxpool.ceil_mode = ceil_mode
+        self.res2, self.res3 = stages["res2"], stages["res3"]
+        self.res4, self.res5 = stages["res4"], stages["res5"]
         self.output_stride = output_stride
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -207,6 +247,55 @@ class Encoder(nn.Module):
         res4 = self.res4(res3)
         return {"stem": stem, "res2": res2, "res3": res3, "res4": res4,
                 "res5": self.res5(res4)}
+
+
+class LabelEncoder(nn.Module):
+    """Five 3x3 convolutions over the one-hot *ground truth*, --backbone labels.
+
+    The upper-bound experiment of DUpsampling (Table 1, mIoU*): with nothing left to
+    recognise, what a decoder still gets wrong is what it cannot draw. labels as
+    `one_hot` gives them (B, K, H, W) -> {"res5": (B, 512, H/32, W/32)}; at output
+    stride 16 the last convolution has stride 1. The widths are ours.
+    """
+
+    def __init__(self, num_classes: int, *, output_stride=32):
+        super().__init__()
+        if output_stride not in (16, 32):
+            raise UserError(f"--backbone labels: output_stride {output_stride!r} must "
+                            f"be 32 or 16")
+        widths = (num_classes, 64, 128, 256, 512, 512)
+        strides = (2, 2, 2, 2, output_stride // 16)
+        self.num_classes, self.output_stride = num_classes, output_stride
+        self.channels, self.loaded = Res5Only(res5=512), "reads the ground truth"
+        self.layers = nn.Sequential(*(conv_bn_relu(i, o, stride=s) for i, o, s in
+                                      zip(widths, widths[1:], strides)))
+
+    def forward(self, labels: Tensor) -> dict[str, Tensor]:
+        return {"res5": self.layers(labels)}
+
+
+class Res5Only(dict):
+    """Widths of a LabelEncoder: a decoder that asks for another stage is told why."""
+
+    def __missing__(self, stage: str):
+        raise UserError(f"--backbone labels has no {stage}, only res5; decoders that "
+                        f"read no more: dupsampling:no-fusion, dupsampling:bilinear, "
+                        f"nrd:bilinear, nrd:no-guidance")
+
+
+def make_encoder(backbone: str, num_classes: int, *, weights="none",
+                 output_stride=32) -> nn.Module:
+    """Encoder or LabelEncoder, for methods some of whose decoders read res5 alone."""
+    if backbone == "labels":
+        return LabelEncoder(num_classes, output_stride=output_stride)
+    return Encoder(backbone, weights=weights, output_stride=output_stride)
+
+
+def network_input(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """What the encoder reads: the images, or for a LabelEncoder the labels."""
+    if isinstance(model.encoder, LabelEncoder):
+        return one_hot(labels, model.encoder.num_classes)
+    return images
 
 
 # --- Context modules and the auxiliary head ------------------------------------------
@@ -248,6 +337,13 @@ class FCNHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
+
+
+def fcn_heads(encoder: nn.Module, num_classes: int, wanted: bool) -> nn.ModuleList:
+    """The auxiliary head on res4 if it is wanted and there is a res4, as a list."""
+    if not wanted or "res4" not in encoder.channels:
+        return nn.ModuleList()
+    return nn.ModuleList([FCNHead(encoder.channels["res4"], num_classes)])
 
 
 # --- Losses --------------------------------------------------------------------------
@@ -354,51 +450,19 @@ class ConfusionMatrix:
                 f"{self.images}/{expected_images} images)")
 
 
-# --- Cost ----------------------------------------------------------------------------
-
-PARTS = ("encoder", "context", "decoder", "aux_heads")
-
-
-def count_cost(spec: str, num_classes: int, size: tuple[int, int], *,
-               backbone="resnet50", **options) -> dict[str, dict[str, float]]:
-    """Parameters (millions) and multiply-adds (GMACs) of each part of a method.
-
-    Runs on torch's meta device: no memory, no arithmetic. torch's own counter sees
-    convolutions and matrix products (two FLOPs per multiply-add, hence the half); it
-    does not see batch norm, ReLU, pooling and interpolation, under 0.5 % here. The
-    papers' "GFLOPs" are multiply-adds too.
-    """
-    with torch.device("meta"):
-        model = build_model(spec, num_classes, backbone=backbone, **options)
-        images = torch.empty(1, 3, *size)
-    model.eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(images)
-    counts, root = counter.get_flop_counts(), type(model).__name__
-    cost = {}
-    for part in PARTS:
-        params = sum(p.numel() for p in getattr(model, part).parameters())
-        flops = sum(counts.get(f"{root}.{part}", {}).values())
-        cost[part] = {"params": params / 1e6, "gmacs": flops / 2e9}
-    cost["total"] = {key: sum(cost[part][key] for part in PARTS)
-                     for key in ("params", "gmacs")}
-    return cost
-
+# --- Published numbers --------------------------------------------------------------
 
 def published(table, variant, backbone, size, classes, gmacs, **more) -> dict:
-    """One row of a paper's table: GMACs of the whole network at `size`, mIoU in %."""
+    """One row of a paper's table: GMACs of the whole network at `size`, mIoU in %.
+
+    What `evaluate.py cost` reads of the rest: `decoder`, GMACs of the decoder; `rule`,
+    the counter that the paper used; `params` in millions, of which `unused` belong to
+    layers that no image passes, without the auxiliary heads if `aux` is False;
+    `options` on top of the variant's; `why` the number is not reproduced. A row of
+    `variant` None is a network that is not built here, `name` says which.
+    """
     return {"table": table, "variant": variant, "backbone": backbone, "size": size,
             "classes": classes, "gmacs": gmacs, **more}
-
-
-def print_costs(method: str, size: tuple[int, int], *, backbone="resnet50c") -> None:
-    """The cost of every variant of a method on one encoder, for its demo."""
-    print(f"{'variant':<24}{'decoder GMACs':>15}{'total GMACs':>13}{'params':>9}"
-          f"   at {size[0]}x{size[1]}, {backbone}, 19 classes")
-    for variant in load_method(method)[0].VARIANTS:
-        cost = count_cost(f"{method}:{variant}", 19, size, backbone=backbone)
-        print(f"{variant:<24}{cost['decoder']['gmacs']:>15.2f}"
-              f"{cost['total']['gmacs']:>13.2f}{cost['total']['params']:>8.2f}M")
 
 
 # --- Pictures of tensors -------------------------------------------------------------

@@ -386,6 +386,33 @@ class Plain(torch.utils.data.Dataset):
         return NORMALISE(image), labels
 
 
+class LabelMaps:
+    """All label maps (H, W) of a data set in order, as often as one iterates.
+
+    What is read first is kept in memory, up to `limit` bytes; the rest is read anew.
+    """
+
+    def __init__(self, dataset, workers: int, *, limit=2**28):
+        self.dataset, self.workers, self.limit, self.kept = dataset, workers, limit, []
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.dataset.labels(index)
+
+    def __iter__(self):
+        yield from self.kept
+        rest = torch.utils.data.Subset(self, range(len(self.kept), len(self)))
+        room = self.limit - sum(map(torch.numel, self.kept))
+        for labels in torch.utils.data.DataLoader(rest, batch_size=None,
+                                                  num_workers=self.workers):
+            room -= labels.numel()
+            if room >= 0:
+                self.kept.append(labels)
+            yield labels
+
+
 def mix_seeds(*seeds: int) -> int:
     """One well-mixed 63-bit seed from several small numbers."""
     return int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0] >> 1)

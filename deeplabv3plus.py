@@ -47,8 +47,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import (ASPP, Encoder, FCNHead, conv_bn_relu, label_colours, print_costs,
-                    published, separable_conv, show, upsample, viewable)
+from common import (ASPP, Encoder, conv_bn_relu, fcn_heads, label_colours, published,
+                    separable_conv, show, upsample, viewable)
 
 # --- 1. Config -----------------------------------------------------------------------
 
@@ -63,6 +63,7 @@ VARIANTS = {
     "dilated": MMSEG | {"output_stride": 8},  # NRD's Table 5
 }
 
+FROM_SCRATCH = {}  # options of `build` in train.py's own recipes
 PAPER = "paper, Sec. 4"
 MMSEGMENTATION = "mmsegmentation's default; the paper's schedule is for VOC"
 RECIPES = {
@@ -79,11 +80,11 @@ RECIPES = {
 # The DeepLabv3+ paper counts Xception models; these rows stand in NRD's paper.
 PUBLISHED = [
     published("NRD 1", "undilated", "resnet50c", (1024, 2048), 19, 290.6, decoder=76.4,
-              miou=78.9, trimap=49.8),
-    published("NRD 5", "dilated", "resnet50c", (512, 512), 150, 177.5, miou=43.95,
-              miou_ms=44.93),
-    published("NRD 5", "dilated", "resnet101c", (512, 512), 150, 255.1, miou=45.47,
-              miou_ms=46.35),
+              rule="mmcv-sync", miou=78.9, trimap=49.8),
+    published("NRD 5", "dilated", "resnet50c", (512, 512), 150, 177.5, rule="mmcv-sync",
+              miou=43.95, miou_ms=44.93),
+    published("NRD 5", "dilated", "resnet101c", (512, 512), 150, 255.1,
+              rule="mmcv-sync", miou=45.47, miou_ms=46.35),
 ]
 
 # --- 2. Equations --------------------------------------------------------------------
@@ -175,8 +176,8 @@ def build(num_classes: int, *, backbone="resnet50", weights="none", channels=256
     decoder = DeepLabv3PlusDecoder(
         channels, encoder.channels["res2"], num_classes, channels=channels,
         reduced=low_channels, separable=separable, output_stride=output_stride)
-    heads = [FCNHead(encoder.channels["res4"], num_classes)] if aux else []  # [N5]
-    return DeepLabv3Plus(encoder, context, decoder, nn.ModuleList(heads))
+    heads = fcn_heads(encoder, num_classes, aux)  # [N5]
+    return DeepLabv3Plus(encoder, context, decoder, heads)
 
 
 # --- 5. Explain ----------------------------------------------------------------------
@@ -213,6 +214,7 @@ def explain(model: DeepLabv3Plus, image: Tensor, *, palette=None):
 
 def demo() -> None:
     """The way of one small image through DeepLabv3+, and what each variant costs."""
+    from evaluate import print_costs
     model = build(19, backbone="resnet18").eval()
     image = torch.randn(1, 3, 96, 160)
     features = model.encoder(image)

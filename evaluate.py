@@ -23,10 +23,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
-from common import (IGNORE_INDEX, PARTS, ConfusionMatrix, UserError, build_model,
-                    count_cost, load_method, methods)
+from common import (IGNORE_INDEX, ConfusionMatrix, UserError, build_model, load_method,
+                    methods, network_input)
 
 
 @contextmanager
@@ -53,7 +54,8 @@ def score_dataset(model: nn.Module, dataset, *, device, workers=0,
     with torch.inference_mode(), torch.autocast(
             torch.device(device).type, torch.bfloat16, enabled=amp == "bf16"):
         for images, labels in data.val_loader(dataset, workers=workers):
-            matrix.update(labels[0], predict(model, images.to(device)))
+            inputs = network_input(model, images, labels)
+            matrix.update(labels[0], predict(model, inputs.to(device)))
     return matrix
 
 
@@ -123,7 +125,8 @@ def sample_sheet(model, dataset, path: Path, *, device, count=4) -> None:
     for index in np.linspace(0, len(dataset) - 1, min(count, len(dataset)), dtype=int):
         image, truth = dataset.load(index)
         with torch.inference_mode():
-            guess = predict(model, data.NORMALISE(image)[None].to(device)).cpu()
+            inputs = network_input(model, data.NORMALISE(image)[None], truth[None])
+            guess = predict(model, inputs.to(device)).cpu()
         truth, guess = truth.numpy(), guess.numpy()
         picture = image.permute(1, 2, 0).numpy()
         wrong = (guess != truth) & (truth != IGNORE_INDEX)
@@ -233,49 +236,145 @@ def command_explain(args) -> None:
 # --- cost ----------------------------------------------------------------------------
 
 
-def cost_rows(names: list[str]) -> list[dict]:
+PARTS = ("encoder", "context", "decoder", "aux_heads")
+# The papers' "GFLOPs" are multiply-adds, but each was counted by another program. Only
+# layers are seen by these programs, no functions: neither interpolation nor a product
+# of two predicted tensors.
+RULES = {
+    "plain": "convolutions and matrix products, by torch's own counter",
+    "mmcv": "convolutions and their biases, 1 per ReLU and per pooled input element, "
+            "2 per element of batch norm",
+    "mmcv-sync": "the same of a network with SyncBN, which that counter passes over",
+    "thop": "convolutions, 2 per element of batch norm; a transposed convolution as if "
+            "each output element had seen the whole kernel",
+    "2x": "2 per multiply-add, and one multiply-add for each logit divided by T",
+}
+
+
+def booked(rule: str, layer: nn.Module, x: Tensor, y: Tensor) -> int:
+    """Operations that the program behind `rule` books for one call of a layer.
+
+    "2x" takes the products from torch's counter and adds what that does not see.
+    """
+    if rule == "2x":
+        return y.numel() if type(layer).__name__ == "Temperature" else 0
+    if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+        kernel = layer.kernel_size[0] * layer.kernel_size[1]
+        bias = rule != "thop" and layer.bias is not None
+        return y.numel() * (layer.in_channels // layer.groups * kernel + bias)
+    if isinstance(layer, nn.BatchNorm2d):
+        return 0 if rule == "mmcv-sync" else 2 * x.numel()
+    if rule != "thop" and isinstance(layer, nn.ReLU):
+        return y.numel()
+    pooling = nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d
+    return x.numel() if rule != "thop" and isinstance(layer, pooling) else 0
+
+
+def count_cost(spec: str, num_classes: int, size: tuple[int, int], *, rule="plain",
+               backbone="resnet50", **options) -> dict[str, dict[str, float]]:
+    """Parameters (millions) and multiply-adds (GMACs) of each part of a method.
+
+    Runs on torch's meta device: no memory, no arithmetic. "gmacs" are those of torch's
+    counter, which does not see batch norm, ReLU, pooling and interpolation, under 0.5 %
+    here; "by_rule" is the same work as `rule`, one of RULES, counts it.
+    """
+    with torch.device("meta"):
+        model = build_model(spec, num_classes, backbone=backbone, **options)
+        images = torch.empty(1, 3, *size)
+    model.eval()
+    listed = dict.fromkeys(PARTS, 0)
+    for name, layer in model.named_modules():
+        def add(layer, inputs, output, part=name.split(".")[0]):
+            if isinstance(output, Tensor):
+                listed[part] += booked(rule, layer, inputs[0], output)
+        if not list(layer.children()):
+            layer.register_forward_hook(add)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(images)
+    counts, root, cost = counter.get_flop_counts(), type(model).__name__, {}
+    for part in PARTS:
+        products = sum(counts.get(f"{root}.{part}", {}).values()) / 2
+        by_rule = {"plain": products, "2x": 2 * (products + listed[part])}
+        params = sum(p.numel() for p in getattr(model, part).parameters())
+        cost[part] = {"params": params / 1e6, "gmacs": products / 1e9,
+                      "by_rule": by_rule.get(rule, listed[part]) / 1e9}
+    cost["total"] = {key: sum(cost[part][key] for part in PARTS)
+                     for key in ("params", "gmacs", "by_rule")}
+    return cost
+
+
+def print_costs(method: str, size: tuple[int, int], *, backbone="resnet50c") -> None:
+    """The cost of every variant of a method on one encoder, for its demo."""
+    print(f"{'variant':<24}{'decoder GMACs':>15}{'total GMACs':>13}{'params':>9}"
+          f"   at {size[0]}x{size[1]}, {backbone}, 19 classes")
+    for variant in load_method(method)[0].VARIANTS:
+        cost = count_cost(f"{method}:{variant}", 19, size, backbone=backbone)
+        print(f"{variant:<24}{cost['decoder']['gmacs']:>15.2f}"
+              f"{cost['total']['gmacs']:>13.2f}{cost['total']['params']:>8.2f}M")
+
+
+def cost_rows(names: list[str], *, rule: str | None = None) -> list[dict]:
     """Ours beside the published figure, for every row that states a cost."""
     rows = []
     for name in names:
         method, _, variant = name.partition(":")
-        module, _ = load_method(name)
-        for row in module.PUBLISHED:
-            if row["gmacs"] is None or (variant and row["variant"] != variant):
-                continue
-            cost = count_cost(f"{method}:{row['variant']}", row["classes"], row["size"],
-                              backbone=row["backbone"])
-            pairs = {"total": (cost["total"]["gmacs"], row["gmacs"]),
-                     "decoder": (cost["decoder"]["gmacs"], row.get("decoder")),
-                     "params": (cost["total"]["params"], row.get("params"))}
-            rows.append({
-                "method": f"{method}:{row['variant']}", "table": row["table"],
-                "backbone": row["backbone"], "size": row["size"],
-                "classes": row["classes"], "why": row.get("why", ""), "parts": cost,
-                "compared": {key: {"ours": ours, "published": theirs,
-                                   "difference": ours / theirs - 1}
-                             for key, (ours, theirs) in pairs.items() if theirs}})
+        for row in load_method(name)[0].PUBLISHED:
+            stated = row["gmacs"] or row.get("decoder")
+            if stated and variant in ("", row["variant"]):
+                rows.append(cost_row(method, row, rule or row.get("rule", "plain")))
     return rows
 
 
-def command_cost(args) -> None:
-    """GMACs (multiply-adds; the papers' "GFLOPs") and parameters, by part.
+def cost_row(method: str, row: dict, rule: str) -> dict:
+    """One row of `cost`; `compared` is empty for a network that is not built here."""
+    result = {"method": f"{method}:{row['variant']}", "why": row.get("why", ""),
+              "rule": rule, "compared": {}}
+    result |= {key: row[key] for key in ("table", "backbone", "size", "classes")}
+    if row["variant"] is None:
+        return result | {"method": row["name"], "parts": None}
+    parts = count_cost(f"{method}:{row['variant']}", row["classes"], row["size"],
+                       rule=rule, backbone=row["backbone"], **row.get("options", {}))
+    params = parts["total"]["params"] + row.get("unused", 0)
+    if not row.get("aux", True):
+        params -= parts["aux_heads"]["params"]
+    pairs = {"total": (parts["total"]["by_rule"], row["gmacs"]),
+             "decoder": (parts["decoder"]["by_rule"], row.get("decoder")),
+             "params": (params, row.get("params"))}
+    decimals = 2 if rule == "2x" else 1  # of the tables, but for a round 70
+    for key, (ours, theirs) in pairs.items():
+        if theirs:
+            half = 0.5001 * 10 ** -(0 if isinstance(theirs, int) else decimals)
+            result["compared"][key] = {
+                "ours": ours, "published": theirs, "difference": ours / theirs - 1,
+                "rounds": abs(ours - theirs) <= half}
+    return result | {"parts": parts}
 
-    Parameters include the auxiliary head, GMACs do not: it is gone in evaluation.
+
+def command_cost(args) -> None:
+    """GMACs and parameters by part, and ours beside the papers' by the papers' rule.
+
+    Parameters include the auxiliary heads, GMACs do not: they are gone in evaluation.
     """
-    rows = cost_rows(args.methods or methods())
+    rows = cost_rows(args.methods or methods(), rule=args.rule)
     if args.json:
         return print(json.dumps(rows, indent=1))
-    print(f"{'table':<6}{'method':<27}{'backbone':<17}{'H x W':<11}{'K':>4}"
+    print(f"{'table':<7}{'method':<31}{'backbone':<19}{'H x W':<10}{'K':>4}"
           f"{'encoder':>9}{'context':>9}{'decoder':>9}{'total':>9}{'params':>9}"
-          "   published (difference)")
+          "  rule: ours / published (difference)")
     for row in rows:
         size, parts = "{}x{}".format(*row["size"]), row["parts"]
-        gmacs = "".join(f"{parts[p]['gmacs']:>9.2f}" for p in (*PARTS[:3], "total"))
-        shown = ", ".join(f"{key} {c['published']} ({c['difference']:+.2%})"
-                          for key, c in row["compared"].items())
-        print(f"{row['table']:<6}{row['method']:<27}{row['backbone']:<17}{size:<11}"
-              f"{row['classes']:>4}{gmacs}{parts['total']['params']:>8.2f}M   {shown}"
+        gmacs = f"{'not built':>45}" if not parts else "".join(
+            f"{parts[p]['gmacs']:>9.2f}" for p in (*PARTS[:3], "total")
+        ) + f"{parts['total']['params']:>8.2f}M"
+        shown = ", ".join(
+            f"{key} {c['ours']:.2f}/{c['published']:.4g} ({c['difference']:+.2%})"
+            for key, c in row["compared"].items())
+        print(f"{row['table']:<7}{row['method']:<31}{row['backbone']:<19}{size:<10}"
+              f"{row['classes']:>4}{gmacs}  {row['rule']}: {shown}"
               f"{'  ! ' + row['why'] if row['why'] else ''}")
+    print("GMACs by part: plain. Rules:")
+    for name, text in RULES.items():
+        print(f"  {name:<10} {text}")
 
 
 # --- table ---------------------------------------------------------------------------
@@ -369,6 +468,8 @@ def parse(argv=None):
 
     cost = commands.add_parser("cost", help="parameters and GMACs beside the papers'")
     cost.add_argument("methods", nargs="*", help="as nrd or nrd:bilinear; default all")
+    cost.add_argument("--rule", choices=RULES,
+                      help="count all rows by one rule (default: each paper's own)")
     cost.add_argument("--json", action="store_true", help="for machines, every part")
     cost.set_defaults(command=command_cost)
 

@@ -35,7 +35,7 @@ Notes (paper says / official code does / we do / effect)
         g's kinks start inside the patch; on streets within the noise of a seed.
     N2  Initialisation of the controller's last layer: silent / xavier divided by P,
         bias 0: all three layers of g start near zero / theirs with the paper's recipes;
-        ours, from scratch, have init="mlp": an ordinary MLP as bias, weights of std 0.3
+        FROM_SCRATCH has init="mlp": an ordinary MLP as bias, weights of std 0.3
         (tried: 0.1, slower), features divided by sqrt(512), else a step of SGD moves
         theta hundreds of times as far as its gradient says and kills g's ReLUs (all 16
         of layer 2 in 75 steps on CamVid) / streets, seed 0: 0.556, official 0.298.
@@ -57,7 +57,7 @@ Notes (paper says / official code does / we do / effect)
         we repeat the guidance map's last row and column up to the grid of cells and
         cut the result / at multiples of 32 none.
     N10 DUC, CARAFE: no dimensions / - / those that cost what Table 3 says / its Params
-        of DUC include an unused 9.4 M, its CARAFE lacks 1.7 GMACs of reassembly.
+        of DUC include an unused 9.4 M; CARAFE's reassembly, 1.7 GMACs, it did not see.
 
 Run
     python nrd.py                              shapes and costs, seconds on a CPU
@@ -66,12 +66,15 @@ Run
 """
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import (ASPP, Encoder, FCNHead, UserError, conv_bn_relu, full_precision,
-                    label_colours, print_costs, published, show, upsample, viewable)
+from common import (ASPP, UserError, conv_bn_relu, fcn_heads, full_precision,
+                    label_colours, make_encoder, published, show, upsample,
+                    viewable)
 from deeplabv3plus import DeepLabv3PlusDecoder
 
 # --- 1. Config -----------------------------------------------------------------------
@@ -85,10 +88,8 @@ VARIANTS = {
     "no-guidance-published": {"guidance": False, "hidden_channels": 8,
                               "controller_channels": 256},  # [N5]
     # Table 2: Cr and Cm
-    "cr8": {"hidden_channels": 8},
-    "cr32": {"hidden_channels": 32},
-    "cm8": {"guidance_channels": 8},
-    "cm32": {"guidance_channels": 32},
+    "cr8": {"hidden_channels": 8}, "cr32": {"hidden_channels": 32},
+    "cm8": {"guidance_channels": 8}, "cm32": {"guidance_channels": 32},
     # Table 3: up-sampling methods straight on res5, no ASPP
     "no-aspp": {"context": "conv", "guidance": False, "hidden_channels": 8,
                 "controller_channels": 256},  # [N5]
@@ -98,6 +99,7 @@ VARIANTS = {
     "guidance-only": {"coordinates": False},
 }
 
+FROM_SCRATCH = {"init": "mlp"}  # options of `build` in train.py's own recipes  [N2]
 PAPER = "paper, Sec. 3"
 MMSEG = "mmsegmentation's default, which Sec. 3 inherits"
 SCHEDULE = {"lr": (0.01, PAPER), "weight_decay": (5e-4, PAPER),
@@ -116,32 +118,29 @@ RECIPES = {
 }
 
 CITY, R50, R101, X101 = (1024, 2048), "resnet50c", "resnet101c", "resnext101_64x4d"
+row = partial(published, rule="mmcv-sync")  # see RULES in evaluate.py
 PUBLISHED = [
-    published("1", "deeplabv3plus", R50, CITY, 19, 290.6, decoder=76.4, miou=78.9,
-              trimap=49.8),
-    published("1", "default", R50, CITY, 19, 234.6, decoder=20.4, miou=79.8,
-              trimap=51.6),
-    published("1", "bilinear", R50, CITY, 19, 215.5, decoder=1.3, miou=74.7,
-              trimap=41.2),
-    published("1", "no-guidance-published", R50, CITY, 19, 216.8, decoder=2.6,
-              miou=78.2, trimap=46.6),
-    published("1", "no-guidance", R50, CITY, 19, 216.8, decoder=2.6, miou=78.2,
-              trimap=46.6, why="N5: the text's g is larger than the one counted"),
-    published("2", "cr8", R50, CITY, 19, None, miou=79.4),
-    published("2", "cr32", R50, CITY, 19, None, miou=79.6),
-    published("2", "cm8", R50, CITY, 19, None, miou=79.5),
-    published("2", "cm32", R50, CITY, 19, None, miou=79.0),
-    published("3", "carafe", R50, CITY, 19, 203.0, params=36.3, miou=72.1,
-              why="N10: the paper's counter misses the reassembly, 1.7 GMACs"),
-    published("3", "duc", R50, CITY, 19, 336.1, params=110.8, miou=74.7,
-              why="Params only, N10: the table counts an unused head of 9.4 M"),
-    published("3", "no-aspp", R50, CITY, 19, 203.2, params=36.6, miou=75.0),
-    published("4", "guidance-only", R50, CITY, 19, None, miou=78.3, trimap=50.5),
-    published("5", "default", R101, (512, 512), 150, 49.0, miou=44.01, miou_ms=45.62),
-    published("5", "default", X101, (512, 512), 150, 87.9, miou=44.34, miou_ms=46.09),
-    published("6", "default", R101, (480, 480), 60, 42.9, miou_ms=49.0),
-    published("7", "default", R50, CITY, 19, 234.6, miou=78.9, miou_ms=80.0),
-    published("7", "default", R101, CITY, 19, 390.0, miou=79.3, miou_ms=80.5),
+    row("1", "deeplabv3plus", R50, CITY, 19, 290.6, decoder=76.4, miou=78.9,
+        trimap=49.8),
+    row("1", "default", R50, CITY, 19, 234.6, decoder=20.4, miou=79.8, trimap=51.6),
+    row("1", "bilinear", R50, CITY, 19, 215.5, decoder=1.3, miou=74.7, trimap=41.2),
+    row("1", "no-guidance-published", R50, CITY, 19, 216.8, decoder=2.6, miou=78.2,
+        trimap=46.6),
+    row("1", "no-guidance", R50, CITY, 19, 216.8, decoder=2.6, miou=78.2, trimap=46.6,
+        why="N5: the text's g is larger than the one counted"),
+    row("2", "cr8", R50, CITY, 19, None, miou=79.4),
+    row("2", "cr32", R50, CITY, 19, None, miou=79.6),
+    row("2", "cm8", R50, CITY, 19, None, miou=79.5),
+    row("2", "cm32", R50, CITY, 19, None, miou=79.0),
+    row("3", "carafe", R50, CITY, 19, 203.0, params=36.3, miou=72.1),
+    row("3", "duc", R50, CITY, 19, 336.1, params=110.8, unused=9.448, miou=74.7),
+    row("3", "no-aspp", R50, CITY, 19, 203.2, params=36.6, miou=75.0),
+    row("4", "guidance-only", R50, CITY, 19, None, miou=78.3, trimap=50.5),
+    row("5", "default", R101, (512, 512), 150, 49.0, miou=44.01, miou_ms=45.62),
+    row("5", "default", X101, (512, 512), 150, 87.9, miou=44.34, miou_ms=46.09),
+    row("6", "default", R101, (480, 480), 60, 42.9, miou_ms=49.0),
+    row("7", "default", R50, CITY, 19, 234.6, miou=78.9, miou_ms=80.0),
+    row("7", "default", R101, CITY, 19, 390.0, miou=79.3, miou_ms=80.5),
 ]
 
 # --- 2. Equations --------------------------------------------------------------------
@@ -296,7 +295,7 @@ class NRDDecoder(nn.Module):
 
     def forward(self, context: Tensor, features: dict[str, Tensor]) -> Tensor:
         theta = self.controller(context)  # (B, P, h, w)
-        inputs = self.inputs(features["res2"], theta)
+        inputs = self.inputs(features.get("res2"), theta)
         # Three chained products of predicted numbers: float32 even under autocast.
         with full_precision(theta):
             return represent(theta.float(), inputs.float(), widths=self.widths)
@@ -337,7 +336,7 @@ class BilinearDecoder(nn.Module):
         self.classify, self.stride = nn.Conv2d(in_channels, num_classes, 1), 4
 
     def forward(self, context: Tensor, features: dict[str, Tensor]) -> Tensor:
-        return self.classify(upsample(context, 8, features["res2"].shape[-2:]))
+        return self.classify(upsample(context, 8, (None, None)))
 
 
 class DUCDecoder(nn.Module):
@@ -391,7 +390,7 @@ class CARAFEDecoder(nn.Module):
 class NRD(nn.Module):
     """Encoder without dilation, ASPP, and one of the decoders (Sec. 2.1)."""
 
-    def __init__(self, encoder: Encoder, context: nn.Module, decoder: nn.Module,
+    def __init__(self, encoder: nn.Module, context: nn.Module, decoder: nn.Module,
                  aux_heads: nn.ModuleList):
         super().__init__()
         self.encoder, self.context = encoder, context
@@ -422,7 +421,7 @@ def build(num_classes: int, *, backbone="resnet50", weights="none", decoder="nrd
     patch                s, points per side of a cell (8, Sec. 2.2)
     init                 'official', or 'mlp' for short runs and from scratch  [N2]
     """
-    encoder = Encoder(backbone, weights=weights)
+    encoder = make_encoder(backbone, num_classes, weights=weights)
     res5 = encoder.channels["res5"]
     contexts = {"aspp": lambda: ASPP(res5, channels, rates=(3, 6, 9)),  # [N7]
                 "conv": lambda: conv_bn_relu(res5, channels),
@@ -430,9 +429,9 @@ def build(num_classes: int, *, backbone="resnet50", weights="none", decoder="nrd
     width = res5 if context == "none" else channels
     decoders = {
         "nrd": lambda: NRDDecoder(
-            width, encoder.channels["res2"], num_classes, init=init, patch=patch,
+            width, encoder.channels["res2"] if guidance else 0, num_classes, init=init,
             controller_channels=controller_channels, hidden_channels=hidden_channels,
-            guidance_channels=guidance_channels, guidance=guidance,
+            guidance_channels=guidance_channels, guidance=guidance, patch=patch,
             coordinates=coordinates),
         "deeplabv3plus": lambda: DeepLabv3PlusDecoder(
             width, encoder.channels["res2"], num_classes, channels=channels),
@@ -444,8 +443,8 @@ def build(num_classes: int, *, backbone="resnet50", weights="none", decoder="nrd
                                ("context", context, contexts)):
         if value not in known:
             raise UserError(f"{name}={value!r}: must be one of {', '.join(known)}")
-    heads = [FCNHead(encoder.channels["res4"], num_classes)] if aux else []  # [N8]
-    return NRD(encoder, contexts[context](), decoders[decoder](), nn.ModuleList(heads))
+    heads = fcn_heads(encoder, num_classes, aux)  # [N8]
+    return NRD(encoder, contexts[context](), decoders[decoder](), heads)
 
 
 # --- 5. Explain ----------------------------------------------------------------------
@@ -510,6 +509,7 @@ def busiest_cells(points: Tensor, s: int) -> list[tuple[int, int]]:
 
 def demo() -> None:
     """The way of one small image through NRD, and what each row of the tables costs."""
+    from evaluate import print_costs
     model = build(19, backbone="resnet18").eval()
     image = torch.randn(1, 3, 96, 160)
     features = model.encoder(image)

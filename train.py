@@ -27,8 +27,8 @@ import torchvision
 from torch import Tensor
 
 import data
-from common import (BACKBONES, UserError, build_model, load_method, parse_options,
-                    segmentation_loss)
+from common import (BACKBONES, UserError, build_model, load_method, network_input,
+                    parse_options, segmentation_loss)
 from evaluate import load_checkpoint, sample_sheet, score_dataset, show_errors
 
 # --- 1. The recipe -------------------------------------------------------------------
@@ -39,7 +39,7 @@ OURS = {
     "epochs": 40, "iterations": 0, "lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4,
     "power": 0.9, "min_lr": 1e-4, "warmup": 100, "scale": (0.75, 1.5),
     "photometric": True, "aux_weight": 0.4, "ohem": False, "channels": 128,
-    "init": "mlp", "bn_images": 0,
+    "bn_images": 0, "head_lr": 1.0, "pretrain": 0,
 }
 OUR_RECIPES = {
     "streets": {"crop": (128, 256), "epochs": 6, "scale": (1.0, 1.0),
@@ -48,7 +48,7 @@ OUR_RECIPES = {
     "folder": {},
 }
 RECIPE_HELP = {
-    "backbone": f"encoder: {', '.join(BACKBONES)}",
+    "backbone": f"encoder: {', '.join(BACKBONES)}; or labels, the upper bound",
     "weights": "encoder weights: imagenet, none, or a file",
     "batch": "images per step", "crop": "training crop, H W in pixels",
     "epochs": "passes over the training set (ignored if --iterations is given)",
@@ -59,9 +59,10 @@ RECIPE_HELP = {
     "photometric": "distort colours at random, 0 or 1",
     "aux_weight": "weight of each auxiliary loss",
     "ohem": "online hard example mining, 0 or 1",
-    "channels": "width of context and decoder, where the method has such an option",
-    "init": "initialisation of the decoder, where the method has such an option",
+    "channels": "width of context and decoder",
     "bn_images": "whole images that give batch norm its statistics, 0: the crops do",
+    "head_lr": "learning rate of all but the encoder, as a factor",
+    "pretrain": "first steps with the method's own loss, as DUpsampling's Eq. (4)",
 }
 
 
@@ -71,7 +72,6 @@ def make_recipe(args) -> dict[str, tuple]:
     recipe = {name: (value, "ours") for name, value in OURS.items()}
     if args.dataset in module.RECIPES:  # a paper's recipe brings the paper's network
         recipe.pop("channels")
-        recipe.pop("init")
         recipe |= module.RECIPES[args.dataset]
     else:
         recipe |= {k: (v, "ours") for k, v in OUR_RECIPES.get(args.dataset, {}).items()}
@@ -96,12 +96,10 @@ def print_recipe(recipe: dict[str, tuple]) -> None:
 def make_model(args, values: dict, num_classes: int, *, fresh: bool):
     """The model; encoder weights are read for a fresh run only, never on resume."""
     options = parse_options(args.method, args.set)
-    known = load_method(args.method)[0].build.__kwdefaults__
-    for name in ("channels", "init"):
-        if name in values and name in known:
-            options = {name: values[name]} | options
-        elif getattr(args, name) is not None:
-            raise UserError(f"--{name}: {args.method} has no such option")
+    if "channels" in values:
+        options = {"channels": values["channels"]} | options
+    if args.dataset not in load_method(args.method)[0].RECIPES:
+        options = load_method(args.method)[0].FROM_SCRATCH | options
     weights = values["weights"] if fresh else "none"
     model = build_model(args.method, num_classes, backbone=values["backbone"],
                         weights=weights, **options)
@@ -109,6 +107,28 @@ def make_model(args, values: dict, num_classes: int, *, fresh: bool):
     print(f"{args.method}: {millions:.2f} M parameters, {values['backbone']}: "
           f"{model.encoder.loaded if fresh else 'resumed'}")
     return model.to(memory_format=torch.channels_last), options
+
+
+def prepare_model(method: str, model, train_set, workers: int) -> None:
+    """What a method learns of the labels before its first step, if it does."""
+    prepare = getattr(load_method(method)[0], "prepare", None)
+    if prepare:
+        say = lambda step, steps, done: done % 50 == 0 and print(
+            f"\rlabels, pass {step + 1} of {steps}: {done}/{len(train_set)} ", end="",
+            flush=True)
+        line = prepare(model, data.LabelMaps(train_set, workers), progress=say)
+        print(f"\r{line}")
+
+
+def make_optimizer(model, values: dict) -> torch.optim.Optimizer:
+    """SGD; the encoder and the rest are groups of their own, with a factor for each."""
+    encoder = list(model.encoder.parameters())
+    known = {id(p) for p in encoder}
+    rest = [p for p in model.parameters() if id(p) not in known]
+    groups = [{"params": encoder, "factor": 1.0},
+              {"params": rest, "factor": values["head_lr"]}]
+    return torch.optim.SGD(groups, lr=values["lr"], momentum=values["momentum"],
+                           weight_decay=values["weight_decay"])
 
 
 def learning_rate(iteration: int, values: dict, total: int) -> float:
@@ -132,6 +152,8 @@ def prepare_data(args, values: dict):
     if 0 < values["bn_images"] < values["batch"]:
         raise UserError(f"--bn-images {values['bn_images']}: fewer than one batch of "
                         f"{values['batch']}")
+    if values["pretrain"] and not hasattr(load_method(args.method)[0], "pretrain_loss"):
+        raise UserError(f"--pretrain: {args.method} has no loss of its own; drop it")
     return train, val
 
 
@@ -182,10 +204,10 @@ def start_run(args) -> Run:
     train_set, val_set = prepare_data(args, values)
     model, options = make_model(args, values, len(val_set.info.classes),
                                 fresh=checkpoint is None)
+    if not checkpoint:
+        prepare_model(args.method, model, train_set, args.workers)
     model.to(device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=values["lr"],
-                                momentum=values["momentum"],
-                                weight_decay=values["weight_decay"])
+    optimizer = make_optimizer(model, values)
     steps_per_epoch = len(train_set) // values["batch"]
     total = values["iterations"] or values["epochs"] * steps_per_epoch
     first, best = 0, -1.0
@@ -251,14 +273,21 @@ def train_step(run: Run, iteration: int, images: Tensor, labels: Tensor):
     torch.manual_seed(data.mix_seeds(run.args.seed, iteration))
     rate = learning_rate(iteration, run.values, run.total)
     for group in run.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["factor"]
     images = images.to(run.device, non_blocking=True, memory_format=torch.channels_last)
     labels = labels.to(run.device, non_blocking=True)
+    inputs = network_input(run.model, images, labels)
     run.model.train()
-    with autocast(run):
-        outputs = run.model(images)
-    loss, terms = segmentation_loss(
-        outputs, labels, aux_weight=run.values["aux_weight"], ohem=run.values["ohem"])
+    if iteration < run.values["pretrain"]:
+        with autocast(run):
+            module, _ = load_method(run.args.method)
+            loss = module.pretrain_loss(run.model, inputs, labels)
+        terms = {"out": loss.detach()}
+    else:
+        with autocast(run):
+            outputs = run.model(inputs)
+        loss, terms = segmentation_loss(outputs, labels, ohem=run.values["ohem"],
+                                        aux_weight=run.values["aux_weight"])
     if not torch.isfinite(loss):
         parts = ", ".join(f"{name} {term.item():.3g}" for name, term in terms.items())
         raise UserError(
@@ -304,10 +333,11 @@ def refresh_batch_norm(run: Run) -> None:
     """
     count, length = run.values["bn_images"], len(run.train_set)
     picked = [i * length // count for i in range(min(count, length))]
-    images = data.whole_loader(run.train_set, picked, run.values["batch"],
+    loader = data.whole_loader(run.train_set, picked, run.values["batch"],
                                workers=run.args.workers)
+    inputs = (network_input(run.model, *batch) for batch in loader)
     with autocast(run):
-        torch.optim.swa_utils.update_bn(images, run.model, device=run.device)
+        torch.optim.swa_utils.update_bn(inputs, run.model, device=run.device)
 
 
 def describe(folder: Path, args, recipe, device, total, n_train, n_val) -> None:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import common
+import evaluate
 from common import IGNORE_INDEX, ConfusionMatrix, UserError
 from conftest import SMALL
 
@@ -236,14 +237,14 @@ def test_wrong_names_are_told_with_the_right_ones():
 
 def test_cost_counts_what_a_hand_counts():
     """Bilinear decoder at 1024x2048: 512*19 multiply-adds at each of 256*512 points."""
-    cost = common.count_cost("nrd:bilinear", 19, (1024, 2048), backbone="resnet50c")
+    cost = evaluate.count_cost("nrd:bilinear", 19, (1024, 2048), backbone="resnet50c")
     assert cost["decoder"]["gmacs"] == pytest.approx(512 * 19 * 256 * 512 / 1e9)
     assert cost["decoder"]["params"] == pytest.approx((512 * 19 + 19) / 1e6)
 
 
 def test_dynamic_convolutions_are_counted():
     """g of NRD at 1024x2048: 18*16 + 16*16 + 16*19 products at 256*512 points."""
-    cost = common.count_cost("nrd", 19, (1024, 2048), backbone="resnet50c")["decoder"]
+    cost = evaluate.count_cost("nrd", 19, (1024, 2048), backbone="resnet50c")["decoder"]
     static = (32 * 64 * (9 * 512 * 512 + 512 * 899)
               + 256 * 512 * (9 * 256 * 48 + 48 * 16))
     dynamic = 256 * 512 * (18 * 16 + 16 * 16 + 16 * 19)

@@ -37,6 +37,8 @@ def test_shape_comments_are_true(name):
             model(torch.randn(1, 3, 65, 97))
             if variant == "default":
                 module.explain(model, torch.randn(1, 3, 64, 96))
+                labels = torch.randint(5, (2, 65, 97), dtype=torch.uint8)
+                getattr(module, "prepare", lambda *_: None)(model, labels)
     assert not errors, "\n".join(errors)
 
 

@@ -1,0 +1,335 @@
+"""What DUpsampling's paper claims about labels and their reconstruction, as tests."""
+import math
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import common
+import data
+import dupsampling
+import evaluate
+from conftest import SMALL
+
+
+def small_labels(count=12, *, size=(20, 27), classes=3):
+    """Label maps of rectangles with some ignored pixels; sizes 4 does not divide."""
+    maps = []
+    for _ in range(count):
+        labels = torch.zeros(size, dtype=torch.uint8)
+        for _ in range(6):
+            y, x = torch.randint(size[0], ()).item(), torch.randint(size[1], ()).item()
+            value = torch.randint(classes, ()).item()
+            labels[y:y + 9, x:x + 7] = value
+        labels[torch.rand(size) < 0.02] = 255
+        maps.append(labels)
+    return maps
+
+
+def vectors_slowly(maps, classes, r):
+    """v of Sec. 3.1, literally: every window, pixel by pixel; float64 (M, N)."""
+    rows = []
+    for labels in maps:
+        for top in range(0, labels.shape[0], r):
+            for left in range(0, labels.shape[1], r):
+                v = torch.zeros(classes, r, r, dtype=torch.float64)
+                for i in range(r):
+                    for j in range(r):
+                        if top + i < labels.shape[0] and left + j < labels.shape[1]:
+                            k = labels[top + i, left + j].item()
+                            if k != 255:
+                                v[k, i, j] = 1
+                rows.append(v.flatten())
+    return torch.stack(rows)
+
+
+def reconstruction_error(v, W, mean):
+    """Eq. (3) with the best P for W's column space: mean squared distance of v~."""
+    Q = torch.linalg.qr(W.double())[0]
+    centred = v - mean.double()
+    return (centred - centred @ Q @ Q.T).square().sum(1).mean().item()
+
+
+# --- Eq. (3): the reconstruction matrix ----------------------------------------------
+
+
+def test_streamed_pca_equals_a_dense_svd():
+    """W loses as little as the SVD of all windows does, and no random matrix less."""
+    maps, K, r, E = small_labels(), 3, 4, 10
+    W, mean, lost = dupsampling.principal_components(
+        maps, K, ratio=r, components=E, passes=8)
+    v = vectors_slowly(maps, K, r)
+    torch.testing.assert_close(mean.double(), v.mean(0), rtol=1e-5, atol=1e-6)
+    singular = torch.linalg.svdvals(v - v.mean(0)).square() / len(v)
+    ours, best = reconstruction_error(v, W, mean), singular[E:].sum().item()
+    assert best <= ours * (1 + 1e-5) and ours == pytest.approx(best, rel=2e-3)
+    assert lost == pytest.approx((singular[E:].sum() / singular.sum()).item(), abs=1e-3)
+    for _ in range(20):
+        other = torch.linalg.qr(torch.randn(K * r * r, E))[0]
+        assert reconstruction_error(v, other, mean) > 1.5 * ours
+
+
+def test_columns_of_w_are_orthogonal_and_r_long():
+    """N11: W^T W = r^2 I, so that P = W^T / r^2 is the best projection."""
+    W, _, _ = dupsampling.principal_components(
+        small_labels(), 3, ratio=4, components=6, passes=3)
+    torch.testing.assert_close(W.T @ W, 16 * torch.eye(6), rtol=1e-4, atol=1e-3)
+
+
+def test_mean_is_taken_off_before_the_pca():
+    """Without centring the first column would be the mean: a direction wasted on it."""
+    maps = small_labels()
+    W, mean, _ = dupsampling.principal_components(
+        maps, 3, ratio=4, components=6, passes=8)
+    v = vectors_slowly(maps, 3, 4)
+    leading = torch.linalg.svd(v - v.mean(0), full_matrices=False)[2][0]
+    alike = (W[:, 0].double() @ leading).abs() / 4
+    assert alike == pytest.approx(1, abs=1e-3)
+
+
+def test_windows_of_one_class_are_counted_not_dropped():
+    """Sparse rows with weights say the same as every window on its own."""
+    maps = small_labels(4)
+    total = torch.zeros(48, dtype=torch.float64)
+    for _, v, weight in dupsampling.vectors(maps, 4, 3, chunk=10):
+        total += (v.to_dense() * weight[:, None]).sum(0).double()
+    torch.testing.assert_close(total, vectors_slowly(maps, 3, 4).sum(0))
+
+
+def test_more_numbers_than_a_window_has_are_refused():
+    with pytest.raises(common.UserError, match="48 numbers only"):
+        dupsampling.principal_components(small_labels(2), 3, ratio=4, components=49)
+
+
+# --- Eqs. (2), (6): drawing ----------------------------------------------------------
+
+
+def decompress_slowly(x, W, r):
+    """Eq. (2) literally: v~ = W x at each location, reshaped to its window."""
+    B, E, h, w = x.shape
+    K = W.shape[0] // r**2
+    out = torch.zeros(B, K, h * r, w * r, dtype=x.dtype)
+    for b in range(B):
+        for row in range(h):
+            for column in range(w):
+                window = (W @ x[b, :, row, column]).reshape(K, r, r)
+                out[b, :, row * r:row * r + r, column * r:column * r + r] = window
+    return out
+
+
+def test_dupsampling_is_w_times_x_at_every_location():
+    """1x1 convolution and depth-to-space draw each window in its place, h != w too."""
+    x0 = torch.randn(2, 5, 2, 3, dtype=torch.float64)
+    W0, results = torch.randn(3 * 16, 5, dtype=torch.float64), []
+    weight = torch.randn(2, 3, 8, 12, dtype=torch.float64)
+    for function in (lambda x, W: dupsampling.decompress(x, W, ratio=4),
+                     lambda x, W: decompress_slowly(x, W, 4)):
+        x, W = x0.clone().requires_grad_(), W0.clone().requires_grad_()
+        out = function(x, W)
+        (out * weight).sum().backward()
+        results.append((out, x.grad, W.grad))
+    for fast, slow, name in zip(*results, ("v~", "d x", "d W")):
+        torch.testing.assert_close(fast, slow, msg=lambda m: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("H, W", [(16, 16), (20, 27), (9, 33)])
+def test_what_is_compressed_is_drawn_again(H, W):
+    """With all components, W P v + mean is v: compress and draw share their order (N4).
+
+    The likely mistake is to flatten windows as (row, column, class) in one place and
+    as (class, row, column) in the other: the picture comes out shredded.
+    """
+    maps = small_labels(30, size=(H, W))
+    basis, mean, lost = dupsampling.principal_components(
+        maps, 3, ratio=4, components=48, passes=2)
+    labels = torch.stack(maps[:2])
+    x = dupsampling.compress(labels, basis, mean, num_classes=3, ratio=4)
+    assert x.shape == (2, 48, -(-H // 4), -(-W // 4))
+    drawn = dupsampling.decompress(x, basis, ratio=4) + mean.reshape(
+        3, 4, 4).tile(x.shape[-2:])
+    torch.testing.assert_close(drawn[..., :H, :W], common.one_hot(labels, 3),
+                               rtol=0, atol=1e-3)
+
+
+def softmax_slowly(z, T):
+    """Eq. (6): exp(z_i / T) / sum_j exp(z_j / T)."""
+    powers = [math.e ** (z[i] / T) for i in range(len(z))]
+    return torch.stack([p / sum(powers) for p in powers])
+
+
+def test_temperature_softmax_is_equation_6():
+    """In value, in the gradient of z and in that of T."""
+    z0, results = torch.randn(5, dtype=torch.float64), []
+    layer = dupsampling.Temperature().double()
+    assert layer.T.item() == 1, "T starts at 1 (Sec. 4)"
+    with torch.no_grad():
+        layer.T.fill_(0.3)
+    T0 = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    for function, T in ((lambda z: layer(z).softmax(0), layer.T),
+                        (lambda z: softmax_slowly(z, T0), T0)):
+        z = z0.clone().requires_grad_()
+        out = function(z)
+        (out * torch.arange(5)).sum().backward()
+        results.append((out, z.grad, T.grad))
+    for fast, slow in zip(*results):
+        torch.testing.assert_close(fast, slow)
+
+
+def test_a_lower_temperature_sharpens():
+    """One number does what the network else needs a larger F for (Sec. 3.2)."""
+    z, layer = torch.tensor([0.0, 1.0]), dupsampling.Temperature()
+    even = layer(z).softmax(0)
+    with torch.no_grad():
+        layer.T.fill_(0.2)
+    assert layer(z).softmax(0)[1] > 0.99 > 0.75 > even[1]
+
+
+# --- The module ----------------------------------------------------------------------
+
+
+def prepared(variant="no-fusion", **options):
+    model = common.build_model(f"dupsampling:{variant}", 3, **SMALL, components=12,
+                               **options)
+    line = dupsampling.prepare(model, small_labels(6, size=(64, 96)))
+    return model, line
+
+
+def test_prepare_fits_w_and_a_checkpoint_carries_it():
+    """W is in the state dict, so evaluation needs no labels."""
+    model, line = prepared(mean=True)
+    assert "labels' variance" in line and model.decoder.dupsample.fitted
+    other = common.build_model("dupsampling:no-fusion", 3, **SMALL, components=12,
+                               mean=True)
+    other.load_state_dict(model.state_dict())
+    images = torch.randn(1, 3, 65, 97)
+    assert torch.equal(model.eval()(images)["out"], other.eval()(images)["out"])
+
+
+def test_w_is_frozen_unless_asked():
+    """N1: a step of SGD leaves W as the labels made it, `learn_upsampling` moves it."""
+    for learn in (False, True):
+        model, _ = prepared(learn_upsampling=learn)
+        W = model.decoder.dupsample.W
+        before = W.detach().clone()
+        step = torch.optim.SGD(model.parameters(), lr=0.1)
+        loss = F.cross_entropy(model(torch.randn(2, 3, 64, 64))["out"],
+                               torch.randint(3, (2, 64, 64)))
+        loss.backward()
+        step.step()
+        assert torch.equal(before, W) != learn
+
+
+def test_training_with_a_random_w_is_said():
+    model = common.build_model("dupsampling", 3, **SMALL)
+    with pytest.warns(UserWarning, match="W is random"):
+        model(torch.randn(2, 3, 64, 64))
+    model, _ = prepared()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(torch.randn(2, 3, 64, 64))
+
+
+def test_new_layers_start_with_the_papers_gaussian():
+    """N8: variance 0.01 in context and decoder; the encoder keeps its own start."""
+    model = common.build_model("dupsampling", 3, backbone="resnet18", channels=64)
+    project = model.context.project[0].weight
+    assert project.std().item() == pytest.approx(0.1, rel=0.05)
+    assert model.encoder.res5[0].conv1.weight.std() < 0.05
+
+
+def test_features_are_fused_on_the_coarse_map_in_the_given_order():
+    """Eq. (8): stage by stage, each downsampled to res5's size before it is seen."""
+    model, seen = prepared("default", fuse=("stem", "res4"))[0].eval(), []
+    for fusion in model.decoder.fusions:
+        fusion.reduce.register_forward_hook(lambda m, x, y: seen.append(
+            (x[0].shape[1], tuple(y.shape[-2:]))))
+    model(torch.randn(1, 3, 65, 97))
+    assert seen == [(64, (5, 7)), (256, (5, 7))], "stem first, then res4, both at 1/16"
+
+
+def test_downsampling_keeps_the_grid():
+    """A linear ramp stays where it was: cell i covers fine positions f*i .. f*i+f-1.
+
+    Squeezing a map of 33 positions into 5 cells of 8 instead shifts the ramp.
+    """
+    ramp = torch.arange(33.0).expand(1, 1, 33, 33)
+    small = common.downsample(ramp, 8, (5, 5))[0, 0, 0]
+    torch.testing.assert_close(small[:4], torch.arange(4) * 8 + 3.5)
+
+
+def test_regression_loss_is_equation_4():
+    """||F - Y~||^2 per number: zero where the network says the compressed labels."""
+    model, _ = prepared()
+    images, labels = torch.randn(2, 3, 64, 96), torch.stack(
+        small_labels(2, size=(64, 96)))
+    model.eval()
+    last, features = model.decoder.dupsample, model.encoder(images)
+    said = model.decoder.compressed(model.context(features["res5"]), features)
+    target = dupsampling.compress(labels, last.W, last.mean, num_classes=3, ratio=16)
+    by_hand = (said - target).square().sum() / target.numel()
+    loss = dupsampling.pretrain_loss(model, images, labels)
+    torch.testing.assert_close(loss, by_hand)
+    loss.backward()
+    assert model.encoder.res5[0].conv1.weight.grad.abs().sum() > 0
+    with pytest.raises(common.UserError, match="no compressed labels"):
+        dupsampling.pretrain_loss(
+            common.build_model("dupsampling:bilinear", 3, **SMALL), images, labels)
+
+
+@pytest.mark.parametrize("stride", [16, 32])
+@pytest.mark.parametrize("spec", ["dupsampling:no-fusion", "dupsampling:bilinear"])
+def test_upper_bound_reads_the_labels(spec, stride):
+    """Table 1, mIoU*: --backbone labels sees one-hot truth, ignored pixels are zero."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = common.build_model(spec, 3, backbone="labels", channels=16,
+                                   output_stride=stride)
+        labels = torch.randint(3, (2, 65, 97))
+        labels[:, :5] = 255
+        inputs = common.network_input(model, torch.zeros(2, 3, 65, 97), labels)
+        assert inputs.shape == (2, 3, 65, 97) and inputs[:, :, :5].sum() == 0
+        assert torch.equal(inputs[:, :, 5:].argmax(1), labels[:, 5:])
+        assert model(inputs)["out"].shape == (2, 3, 65, 97)
+        assert len(model.encoder.layers) == 5
+        features = model.encoder(inputs)["res5"]
+        assert features.shape[-2:] == (-(-65 // stride), -(-97 // stride))
+
+
+def test_a_decoder_that_reads_more_than_res5_refuses_the_labels():
+    for spec in ("nrd", "dupsampling", "deeplabv3plus", "sfnet", "efficientfcn"):
+        with pytest.raises(common.UserError, match="only res5"):
+            common.build_model(spec, 3, backbone="labels")
+
+
+def test_label_maps_are_the_same_whether_kept_or_read_again():
+    """The stream that PCA passes over: in order, each time, whatever fits in memory."""
+    streets = data.open_dataset("streets", "val", difficulty=0.5)
+    some = torch.utils.data.Subset(streets, range(3))
+    some.labels = lambda i: streets.labels(i)
+    for limit in (0, 128 * 256, 2**20):
+        maps = data.LabelMaps(some, 0, limit=limit)
+        for _ in range(2):
+            read = list(maps)
+            assert len(read) == len(maps) == 3
+            assert all(torch.equal(a, streets.labels(i)) for i, a in enumerate(read))
+        assert len(maps.kept) == min(3, limit // (128 * 256))
+
+
+# --- Costs ---------------------------------------------------------------------------
+
+
+def test_flops_of_the_upsampling_alone():
+    """Table 2, N/A: (256*64 + 64*5376 + 5376) * 33*33 multiply-adds, twice: 0.80 G."""
+    cost = evaluate.count_cost("dupsampling:no-fusion", 21, (513, 513), rule="2x",
+                               backbone="resnet50c")["decoder"]
+    by_hand = 256 * 64 + 64 * 5376 + 5376
+    assert cost["by_rule"] * 1e9 == pytest.approx(2 * by_hand * 33 * 33)
+    assert cost["gmacs"] * 1e9 == pytest.approx((by_hand - 5376) * 33 * 33)
+
+
+def test_shapes_of_xception_are_for_counting_only():
+    model = common.build_model("dupsampling:no-fusion", 3, backbone="xception65",
+                               channels=16)
+    with pytest.raises(common.UserError, match="for cost"):
+        model.eval()(torch.randn(1, 3, 64, 64))

@@ -1,0 +1,352 @@
+"""What EfficientFCN's paper claims about codewords and their assembly, as tests."""
+import pytest
+import torch
+
+import common
+import efficientfcn
+import evaluate
+from conftest import SMALL
+
+
+def compare_with_gradients(fast, slow, *inputs):
+    """Equal values, and equal gradients with respect to every input, in float64."""
+    results = []
+    for function in (fast, slow):
+        own = [x.clone().requires_grad_() for x in inputs]
+        out = function(*own)
+        torch.manual_seed(1)
+        (out * torch.randn(out.shape, dtype=out.dtype)).sum().backward()
+        results.append([out] + [x.grad for x in own])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b)
+
+
+def softmax_slowly(maps):
+    """Eq. (1) literally: for codeword i, divide by the sum over places (p, q)."""
+    B, n, h, w = maps.shape
+    rows = []
+    for b in range(B):
+        for i in range(n):
+            total = sum(maps[b, i, p, q].exp() for p in range(h) for q in range(w))
+            rows.append(maps[b, i].exp() / total)
+    return torch.stack(rows).reshape(B, n, h, w)
+
+
+def codebook_slowly(weighting, base):
+    """Eq. (2) literally: c_i adds up the base vectors of all places."""
+    B, n, h, w = weighting.shape
+    words = [sum(weighting[b, i, p, q] * base[b, :, p, q]
+                 for p in range(h) for q in range(w)) for b in range(B)
+             for i in range(n)]
+    return torch.stack(words).reshape(B, n, -1).transpose(1, 2)
+
+
+def assemble_slowly(weights, codewords):
+    """Eq. (3) literally: at place (x, y), sum_i W_i(x, y) c_i."""
+    B, n, q, r = weights.shape
+    places = [sum(weights[b, i, y, x] * codewords[b, :, i] for i in range(n))
+              for b in range(B) for y in range(q) for x in range(r)]
+    return torch.stack(places).reshape(B, q, r, -1).permute(0, 3, 1, 2)
+
+
+def test_equations_1_to_3_equal_their_loops():
+    """Softmax over places, weighted sums, mixtures: values and gradients."""
+    maps = torch.randn(2, 3, 2, 4, dtype=torch.float64)
+    base = torch.randn(2, 5, 2, 4, dtype=torch.float64)
+    weights = torch.randn(2, 3, 3, 4, dtype=torch.float64)
+    words = torch.randn(2, 5, 3, dtype=torch.float64)
+    compare_with_gradients(efficientfcn.spatial_softmax, softmax_slowly, maps)
+    compare_with_gradients(efficientfcn.codebook, codebook_slowly, maps, base)
+    compare_with_gradients(efficientfcn.assemble, assemble_slowly, weights, words)
+
+
+def test_every_codeword_distributes_one_over_the_places():
+    """Eq. (1) normalises over space. Over the codewords it would be another method."""
+    maps = efficientfcn.spatial_softmax(torch.randn(2, 6, 3, 4))
+    torch.testing.assert_close(maps.sum((2, 3)), torch.ones(2, 6))
+    assert (maps.sum(1) - 1).abs().max() > 0.1, "normalised over codewords"
+
+
+def test_codewords_have_no_spatial_order():
+    """Sec. 3.2: shuffling the places of A and B together leaves the codebook alone.
+
+    Shuffling one of the two changes it: the codebook does look at the places.
+    """
+    maps, base = torch.rand(1, 4, 3, 5), torch.randn(1, 6, 3, 5)
+    order = torch.randperm(15)
+    shuffle = lambda x: x.flatten(2)[..., order].reshape(x.shape)
+    words = efficientfcn.codebook(maps, base)
+    torch.testing.assert_close(efficientfcn.codebook(shuffle(maps), shuffle(base)),
+                               words)
+    assert not torch.allclose(efficientfcn.codebook(maps, shuffle(base)), words)
+
+
+def test_assembly_is_linear_in_the_codebook():
+    """Eq. (3): what two codebooks give together is the sum of what each one gives."""
+    weights, one, two = torch.rand(1, 4, 3, 5), torch.randn(1, 6, 4), torch.randn(
+        1, 6, 4)
+    torch.testing.assert_close(
+        efficientfcn.assemble(weights, 2 * one + two),
+        2 * efficientfcn.assemble(weights, one) + efficientfcn.assemble(weights, two))
+
+
+# --- The decoder ---------------------------------------------------------------------
+
+STAGES = {"res3": 6, "res4": 8, "res5": 10}
+
+
+def small_decoder(**options):
+    """A decoder whose batch norms are not the identity, and the maps of an image."""
+    defaults = dict(channels=4, codewords=7, codeword_channels=8, transfer=True,
+                    codebook_scales=efficientfcn.SCALES, compress_e8=True,
+                    guidance_scales=efficientfcn.SCALES, double=False,
+                    weighting_hidden=0, conv_up=False)
+    decoder = efficientfcn.HolisticallyGuidedDecoder(STAGES, 3, **(defaults | options))
+    for layer in decoder.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(layer.bias, 0.1, 1)
+    sizes = {"res3": (9, 13), "res4": (5, 7), "res5": (3, 4)}  # of a 65x97 image
+    features = {s: torch.randn(2, STAGES[s], *sizes[s]) for s in STAGES}
+    return decoder.eval(), features
+
+
+def run_steps(decoder, features):
+    with torch.no_grad():
+        return decoder.steps(features["res5"], features)
+
+
+def test_average_codeword_reaches_the_weights_and_stays_out_of_f8():
+    """G-bar = G + mean of B over space predicts W; G itself stands in f^8 (N6).
+
+    f^8 is what enters the layer between assembly and classifier.
+    """
+    decoder, features = small_decoder()
+    seen = []
+    decoder.conv_up.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    with torch.no_grad():
+        decoder(features["res5"], features)
+        step = run_steps(decoder, features)
+        mean = torch.stack([b.flatten(1).mean(1) for b in step["base"]])
+        guided = step["guidance"] + mean[:, :, None, None]
+        torch.testing.assert_close(decoder.assembly(guided), step["weights"],
+                                   msg="W is not predicted from G + mean over space")
+    torch.testing.assert_close(seen[0][:, :8], step["assembled"])
+    torch.testing.assert_close(seen[0][:, 8:], step["guidance"],
+                               msg="f^8 must end in G, not in G-bar")
+
+
+@pytest.mark.parametrize("transfer", [True, False])
+def test_without_transfer_weights_know_nothing_of_the_codewords(transfer):
+    """Sec. 4.2: another base map changes W with the transfer and not without."""
+    decoder, features = small_decoder(transfer=transfer)
+    before = run_steps(decoder, features)
+    torch.nn.init.constant_(decoder.base[1].bias, 3.0)
+    after = run_steps(decoder, features)
+    assert not torch.equal(before["base"], after["base"])
+    assert torch.equal(before["weights"], after["weights"]) != transfer
+    assert torch.equal(before["guidance"], after["guidance"])
+
+
+def test_assembled_features_are_scaled_by_the_root_of_n():
+    """N5: f~8 is Eq. (3) times n^-0.5; n counts codewords, not channels."""
+    decoder, features = small_decoder(codewords=9)
+    step = run_steps(decoder, features)
+    torch.testing.assert_close(
+        3 * step["assembled"],
+        efficientfcn.assemble(step["weights"], step["codewords"]))
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_weights_are_never_negative_and_maps_end_without_relu(double):
+    """N4: codewords can only be added. A ReLU before Eq. (1) would level all places
+    that matter less than average."""
+    decoder, features = small_decoder(double=double)
+    assert run_steps(decoder, features)["weights"].min() >= 0
+    assert isinstance(decoder.weighting[-1], torch.nn.BatchNorm2d)
+
+
+def test_a_constant_on_a_weighting_map_is_cancelled():
+    """N8: the bias of A's last batch norm has no say in the codewords."""
+    decoder, features = small_decoder()
+    before = run_steps(decoder, features)["codewords"]
+    torch.nn.init.constant_(decoder.weighting[-1].bias, 5.0)
+    torch.testing.assert_close(run_steps(decoder, features)["codewords"], before)
+
+
+@pytest.mark.parametrize("variant, codebook, guidance", [
+    ("default", 48, 48), ("codebook-32", 16, 48), ("codebook-16-32", 32, 48),
+    ("guidance-8", 48, 16), ("guidance-8-16", 48, 32),
+    ("official", 128 + 32, 128 + 32)])
+def test_scales_of_the_ablations(variant, codebook, guidance):
+    """Tables 2 and 3: m32 and m8 are as wide as the scales in them (16 each here).
+
+    In `official` the res3 of ResNet-18 enters as it is, with 128 channels (N3).
+    """
+    decoder = common.build_model(f"efficientfcn:{variant}", 3, **SMALL).decoder
+    assert decoder.base[0].in_channels == codebook, "codebook scales go into m32"
+    assert decoder.weighting[0].in_channels == codebook
+    assert decoder.guidance[0].in_channels == guidance, "guidance scales go into m8"
+
+
+def test_each_branch_reads_its_own_scales():
+    """Codebook from {32}: res3 does not reach it. Guidance from {8}: nor does res5."""
+    decoder, features = small_decoder(codebook_scales=("res5",),
+                                      guidance_scales=("res3",))
+    before = run_steps(decoder, features)
+    other_res3 = run_steps(decoder, features | {"res3": -features["res3"]})
+    other_res5 = run_steps(decoder, features | {"res5": -features["res5"]})
+    assert torch.equal(before["codewords"], other_res3["codewords"])
+    assert not torch.equal(before["guidance"], other_res3["guidance"])
+    assert torch.equal(before["guidance"], other_res5["guidance"])
+    assert not torch.equal(before["codewords"], other_res5["codewords"])
+    assert not torch.equal(before["weights"], other_res5["weights"]), (
+        "the mean codeword base must still arrive")
+
+
+@pytest.mark.parametrize("H", [64, 65, 95, 97])
+def test_fused_maps_keep_their_positions(H):
+    """N7: position i of a 1/32 map is pixel 32 i, at every image size.
+
+    The likely mistake is to squeeze a map into the other's size: at 64 pixels its last
+    row then is 24 pixels off.
+    """
+    maps = {stage: torch.arange(0.0, H, s)[:, None].expand(1, 1, -1, 4 * 32 // s)
+            for stage, s in efficientfcn.STRIDES.items()}  # each position's own pixel
+    last = maps["res5"][0, 0, -1, 0]
+    fine = efficientfcn.fuse(maps, 8, maps["res3"].shape[-2:])
+    for plane in fine[0]:
+        torch.testing.assert_close(plane, maps["res3"][0, 0].clamp(max=plane.max()))
+        assert plane.max() >= last, "squeezed"
+    coarse = efficientfcn.fuse(maps, 32, maps["res5"].shape[-2:])
+    assert all(torch.equal(plane, maps["res5"][0, 0]) for plane in coarse[0])
+
+
+def test_fused_maps_hold_e8_e16_e32_in_this_order():
+    """m8 = [e8; e16 up; e32 up], m32 = [e8 down; e16 down; e32]: own size untouched.
+
+    Corners lie on corners (N7), which at 65x97 is where they are in the image.
+    """
+    decoder, features = small_decoder()
+    step = run_steps(decoder, features)
+    with torch.no_grad():
+        e8, e16, e32 = (decoder.compress[s](features[s]) for s in STAGES)
+    torch.testing.assert_close(step["m8"][:, :4], e8)
+    torch.testing.assert_close(step["m32"][:, 8:], e32)
+    for y, x in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
+        torch.testing.assert_close(step["m8"][:, 8:, y, x], e32[:, :, y, x])
+        torch.testing.assert_close(step["m32"][:, 4:8, y, x], e16[:, :, y, x])
+
+
+def test_codewords_are_computed_in_full_precision():
+    """Sums over hundreds of places and codewords stay float32 under autocast."""
+    decoder, features = small_decoder()
+    with torch.autocast("cpu", torch.bfloat16):
+        step = run_steps(decoder, features)
+        logits, _ = decoder(features["res5"], features)
+    assert step["weights"].dtype == logits.dtype == torch.bfloat16
+    for name in ("maps", "codewords", "assembled"):
+        assert step[name].dtype == torch.float32, f"{name} lost precision"
+
+
+@pytest.mark.parametrize("options, sentence", [
+    ({"codebook_scales": ("res2",)}, "codebook_scales"),
+    ({"guidance_scales": "res3"}, "guidance_scales"),
+    ({"decoder": "unet"}, "must be one of hgd, fcn"),
+    ({"output_stride": 8}, "only decoder='fcn' is dilated")])
+def test_wrong_options_are_named(options, sentence):
+    with pytest.raises(common.UserError, match=sentence):
+        common.build_model("efficientfcn", 3, **SMALL, **options)
+
+
+# --- Costs ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant, count", [
+    ("default", 48_286_620), ("official", 50_193_308), ("published-cost", 53_736_348),
+    ("fcn32s", 51_988_380), ("unet-bilinear", 58_639_380), ("unet-deconv", 60_736_532)])
+def test_parameters_of_the_network(variant, count):
+    """60 classes on ResNet-101 (32, 32, 64), the U-Nets with their two heads.
+
+    With the 2.049 M of the unused ImageNet classifier the last four are Table 1's
+    55.8, 54.0, 60.7 and 62.8.
+    """
+    with torch.device("meta"):
+        model = common.build_model(f"efficientfcn:{variant}", 60, backbone="resnet101c")
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
+@pytest.mark.parametrize("codewords, classes, count",
+                         [(256, 59, 7_672_891), (600, 150, 9_238_486)])
+def test_official_decoder_has_the_released_size(codewords, classes, count):
+    """Parameters of the released decoder for PASCAL Context and ADE20K."""
+    with torch.device("meta"):
+        model = common.build_model("efficientfcn:official", classes,
+                                   backbone="resnet50", codewords=codewords)
+    assert sum(p.numel() for p in model.decoder.parameters()) == count
+
+
+def test_default_decoder_has_the_size_a_hand_counts():
+    """The text: three compressions, B, A, G, W, classifier; BN has two per channel."""
+    with torch.device("meta"):
+        model = common.build_model("efficientfcn", 60, backbone="resnet101c")
+    unit = lambda i, o: i * o + 2 * o
+    by_hand = (unit(512, 512) + unit(1024, 512) + unit(2048, 512) + 2 * unit(1536, 1024)
+               + unit(1536, 256) + unit(1024, 256) + 2048 * 60 + 60)
+    assert sum(p.numel() for p in model.decoder.parameters()) == by_hand
+
+
+@pytest.mark.parametrize("spec, backbone, gmacs", [
+    ("official", "resnet101c", 61.092), ("published-cost", "resnet101c", 71.125),
+    ("fcn32s", "resnet101c", 44.423), ("dilated-fcn8s", "resnet101s", 223.108)])
+def test_multiply_adds_at_512(spec, backbone, gmacs):
+    """All products, those of Eqs. (2) and (3) too, which the paper's counter misses."""
+    cost = evaluate.count_cost(f"efficientfcn:{spec}", 60, (512, 512),
+                               backbone=backbone)
+    assert cost["total"]["gmacs"] == pytest.approx(gmacs, abs=5e-4)
+
+
+# --- The rivals of Table 1, and the picture ------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["unet-bilinear", "unet-deconv"])
+@pytest.mark.parametrize("H, W", [(33, 65), (65, 97), (100, 36)])
+def test_unet_lines_up_at_odd_sizes(variant, H, W):
+    """A map enlarged by two may be a row too long: it is cut, never squeezed."""
+    model = common.build_model(f"efficientfcn:{variant}", 3, **SMALL).eval()
+    with torch.no_grad():
+        features = model.encoder(torch.randn(1, 3, H, W))
+        logits, (f32, f16) = model.decoder(features["res5"], features)
+        assert logits.shape[-2:] == features["res3"].shape[-2:]
+        e16 = model.decoder.laterals["res4"](features["res4"])
+        whole = model.decoder.up16(f32)
+        if variant == "unet-bilinear":
+            whole = torch.nn.functional.interpolate(whole, scale_factor=2.0,
+                                                    mode="bilinear")
+        both = model.decoder.beside(model.decoder.up16(f32), e16)
+    h, w = e16.shape[-2:]
+    torch.testing.assert_close(both[:, :16], whole[..., :h, :w], msg="squeezed")
+    torch.testing.assert_close(both[:, 16:], e16)
+
+
+def test_only_unets_in_training_have_auxiliary_logits():
+    """N10: two heads, at 1/32 and 1/16."""
+    images = torch.randn(2, 3, 64, 96)
+    for variant in ("default", "fcn32s"):
+        model = common.build_model(f"efficientfcn:{variant}", 3, **SMALL)
+        assert model(images)["aux"] == []
+    model = common.build_model("efficientfcn:unet-bilinear", 3, **SMALL)
+    assert [tuple(x.shape) for x in model(images)["aux"]] == [(2, 3, 2, 3),
+                                                              (2, 3, 4, 6)]
+    assert model.eval()(images)["aux"] == []
+
+
+def test_explain_shows_different_codewords_and_refuses_the_rivals():
+    """Fig. 3 shows maps that differ, the sharpest first; a U-Net has none."""
+    maps = torch.full((5, 2, 2), 0.25)
+    maps[3] = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    maps[1] = torch.tensor([[0.1, 0.0], [0.0, 0.9]])
+    assert efficientfcn.unlike(maps, 3)[:2] == [3, 1]
+    assert len(set(efficientfcn.unlike(maps, 9))) == 5
+    model = common.build_model("efficientfcn:unet-deconv", 3, **SMALL).eval()
+    with pytest.raises(common.UserError, match="no codewords"):
+        efficientfcn.explain(model, torch.randn(1, 3, 64, 96))
