@@ -183,7 +183,7 @@ def load_weights(net: nn.Module, backbone: str, weights: str) -> str:
     return f"{len(good)}/{len(own)} tensors of {weights}; missing: {missing or 'none'}"
 
 
-def resnet_stages(net: nn.Module, output_stride: int) -> tuple[dict, dict]:
+def resnet_stages(net: nn.Module, output_stride: int) -> tuple[tuple, tuple]:
     """The five stages of a torchvision ResNet (less its pooling) and their widths."""
     if output_stride == 16:
         dilate_stage(net.layer4, 2)
@@ -192,21 +192,19 @@ def resnet_stages(net: nn.Module, output_stride: int) -> tuple[dict, dict]:
         dilate_stage(net.layer4, 4)
     width = [m.num_features for m in net.layer4[-1].modules()
              if isinstance(m, nn.BatchNorm2d)][-1]
-    return {"stem": nn.Sequential(net.conv1, net.bn1, net.relu), "res2": net.layer1,
-            "res3": net.layer2, "res4": net.layer3, "res5": net.layer4}, {
-            "stem": net.bn1.num_features, "res2": width // 8, "res3": width // 4,
-            "res4": width // 2, "res5": width}
+    stem = nn.Sequential(net.conv1, net.bn1, net.relu)
+    return (stem, net.layer1, net.layer2, net.layer3, net.layer4), (
+        net.bn1.num_features, width // 8, width // 4, width // 2, width)
 
 
-def shufflenet_stages(net: nn.Module, output_stride: int) -> tuple[dict, dict]:
+def shufflenet_stages(net: nn.Module, output_stride: int) -> tuple[tuple, tuple]:
     """The same of a ShuffleNetV2, whose 1/4 features are its pooled stem."""
     if output_stride != 32:
         raise UserError(f"output_stride {output_stride}: ShuffleNetV2 is not dilated "
                         f"here; use a ResNet, or a method with output stride 32")
     a, c, d, _, e = net._stage_out_channels
-    return {"stem": net.conv1, "res2": nn.Identity(), "res3": net.stage2,
-            "res4": net.stage3, "res5": nn.Sequential(net.stage4, net.conv5)}, {
-            "stem": a, "res2": a, "res3": c, "res4": d, "res5": e}
+    res5 = nn.Sequential(net.stage4, net.conv5)
+    return (net.conv1, nn.Identity(), net.stage2, net.stage3, res5), (a, a, c, d, e)
 
 
 class Encoder(nn.Module):
@@ -233,12 +231,11 @@ class Encoder(nn.Module):
             replace_stem(net, stem)
         self.loaded = load_weights(net, backbone, weights)
         split = resnet_stages if "resne" in name else shufflenet_stages
-        stages, self.channels = split(net, output_stride)
-        self.stem, self.maxpool = stages["stem"], net.maxpool
+        stages, widths = split(net, output_stride)
+        self.stem, self.res2, self.res3, self.res4, self.res5 = stages
+        self.channels = dict(zip(("stem", "res2", "res3", "res4", "res5"), widths))
+        self.maxpool, self.output_stride = net.maxpool, output_stride
         self.maxpool.ceil_mode = ceil_mode
-        self.res2, self.res3 = stages["res2"], stages["res3"]
-        self.res4, self.res5 = stages["res4"], stages["res5"]
-        self.output_stride = output_stride
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         stem = self.stem(images)
@@ -263,7 +260,7 @@ class LabelEncoder(nn.Module):
         if output_stride not in (16, 32):
             raise UserError(f"--backbone labels: output_stride {output_stride!r} must "
                             f"be 32 or 16")
-        widths = (num_classes, 64, 128, 256, 512, 512)
+        widths = (num_classes, 32, 64, 128, 256, 512)
         strides = (2, 2, 2, 2, output_stride // 16)
         self.num_classes, self.output_stride = num_classes, output_stride
         self.channels, self.loaded = Res5Only(res5=512), "reads the ground truth"
@@ -278,9 +275,9 @@ class Res5Only(dict):
     """Widths of a LabelEncoder: a decoder that asks for another stage is told why."""
 
     def __missing__(self, stage: str):
-        raise UserError(f"--backbone labels has no {stage}, only res5; decoders that "
-                        f"read no more: dupsampling:no-fusion, dupsampling:bilinear, "
-                        f"nrd:bilinear, nrd:no-guidance")
+        raise UserError(f"--backbone labels has no {stage}, only res5; this is enough "
+                        f"for dupsampling:no-fusion, dupsampling:bilinear, nrd:bilinear "
+                        f"and nrd:no-guidance")
 
 
 def make_encoder(backbone: str, num_classes: int, *, weights="none",

@@ -160,11 +160,11 @@ def one_hot_rows(patches: Tensor, num_classes: int) -> Tensor:
     Pixel p of class k stands at k*r*r + p  [N4]; ignored pixels are zero  [N3].
     """
     M, points = patches.shape
-    ones = (patches < num_classes).float()
     columns = patches.long().clamp(max=num_classes - 1) * points + torch.arange(points)
-    return torch.sparse_csr_tensor(torch.arange(M + 1) * points, columns.flatten(),
-                                   ones.flatten(), (M, num_classes * points),
-                                   check_invariants=False)
+    return torch.sparse_csr_tensor(
+        torch.arange(M + 1) * points, columns.flatten(),
+        (patches < num_classes).float().flatten(), (M, num_classes * points),
+        check_invariants=False)
 
 
 def principal_components(label_maps, num_classes: int, *, ratio: int, components: int,

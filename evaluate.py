@@ -85,8 +85,11 @@ def load_checkpoint(path: str | Path) -> dict:
     return checkpoint
 
 
-def restore(checkpoint: dict, device="cpu") -> nn.Module:
+def restore(checkpoint: dict, device="cpu", *, reads_images=False) -> nn.Module:
     """The trained model, in eval mode; strict: every tensor must fit."""
+    if reads_images and checkpoint["backbone"] == "labels":
+        raise UserError("this run has --backbone labels: it reads the ground truth, not "
+                        "pictures, and can only be scored")
     model = build_model(checkpoint["method"], len(checkpoint["classes"]),
                         backbone=checkpoint["backbone"], **checkpoint["options"])
     model.load_state_dict(checkpoint["model"])
@@ -186,7 +189,7 @@ def command_predict(args) -> None:
     Method, classes, palette and normalisation come from the checkpoint.
     """
     checkpoint = load_checkpoint(args.checkpoint)
-    model = restore(checkpoint, args.device)
+    model = restore(checkpoint, args.device, reads_images=True)
     info = data.Info(checkpoint["dataset"], tuple(checkpoint["classes"]),
                      tuple(map(tuple, checkpoint["palette"])))
     out = Path(args.out)
@@ -227,7 +230,8 @@ def command_explain(args) -> None:
             difficulty=checkpoint["difficulty"]).load(args.index)
     module, _ = load_method(checkpoint["method"])
     normalise = data.normaliser(checkpoint["mean"], checkpoint["std"])
-    figure = module.explain(restore(checkpoint), normalise(image)[None],
+    model = restore(checkpoint, reads_images=True)
+    figure = module.explain(model, normalise(image)[None],
                             palette=checkpoint["palette"])
     figure.savefig(args.out, dpi=100)
     print(f"{checkpoint['method']} explains itself in {args.out}")
@@ -280,7 +284,8 @@ def count_cost(spec: str, num_classes: int, size: tuple[int, int], *, rule="plai
     """
     with torch.device("meta"):
         model = build_model(spec, num_classes, backbone=backbone, **options)
-        images = torch.empty(1, 3, *size)
+        inputs = network_input(model, torch.empty(1, 3, *size),
+                               torch.empty(1, *size, dtype=torch.uint8))
     model.eval()
     listed = dict.fromkeys(PARTS, 0)
     for name, layer in model.named_modules():
@@ -290,7 +295,7 @@ def count_cost(spec: str, num_classes: int, size: tuple[int, int], *, rule="plai
         if not list(layer.children()):
             layer.register_forward_hook(add)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(images)
+        model(inputs)
     counts, root, cost = counter.get_flop_counts(), type(model).__name__, {}
     for part in PARTS:
         products = sum(counts.get(f"{root}.{part}", {}).values()) / 2

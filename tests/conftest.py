@@ -14,6 +14,10 @@ sys.path.insert(0, str(ROOT))
 SMALL = {"backbone": "resnet18", "channels": 16}
 
 
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "ignore:Sparse CSR tensor support")
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

@@ -1,5 +1,6 @@
 """score, predict, cost and table, from the command line's functions."""
 import json
+import time
 
 import numpy as np
 import pytest
@@ -99,26 +100,65 @@ def test_a_mistyped_checkpoint_is_an_error_not_a_random_model(trained, tmp_path)
         evaluate.load_checkpoint(tmp_path / "other.pt")
 
 
-# Rows whose printed figure has two digits: 1 % is finer than its rounding.
-ROUNDED = {("nrd:bilinear", "decoder")}
+# What is not reproduced, each with its reason in the row: see the notes named there.
+OPEN = {
+    ("1", "nrd:no-guidance"), ("1", "efficientfcn:official"),
+    ("1", "efficientfcn:default"), ("3", "dupsampling:vanilla-stem-res4"),
+    ("4.2", "whole network"), ("1c", "sfnet:aspp"), ("1c", "sfnet:non-local"),
+    ("1c", "DenseASPP"), ("2b", "sfnet:k1"), ("2b", "sfnet:k5"), ("2b", "sfnet:k7"),
+    ("1d", "DF1"), ("1d", "DF1 w/ FAM"), ("1d", "DF2"), ("1d", "DF2 w/ FAM")}
 
 
-def test_every_published_cost_is_reproduced():
-    """Within 1 % of the paper, or the row says why not (NRD Tables 1, 3, 5, 6, 7)."""
+@pytest.fixture(scope="module")
+def costs():
+    started = time.time()
     rows = evaluate.cost_rows(common.methods())
-    assert len(rows) >= 16
-    for row in rows:
+    assert time.time() - started < 60, "one minute for the whole table"
+    return rows
+
+
+def test_every_published_cost_is_reproduced(costs):
+    """Within 0.5 % by the rule that the paper used, or the row says why not.
+
+    DUpsampling's figures and NRD's 1.3 and 2.6 have two or three digits: there, ours
+    rounds to the printed one.
+    """
+    counts = {}
+    for row in costs:
+        counts[row["method"].split(":")[0]] = counts.get(
+            row["method"].split(":")[0], 0) + 1
+        assert bool(row["why"]) == ((row["table"], row["method"]) in OPEN), row
         for key, c in row["compared"].items():
-            digits = len(str(c["published"]).partition(".")[2])
-            close = abs(c["difference"]) <= 0.01
-            if (row["method"], key) in ROUNDED:
-                close = round(c["ours"], digits) == c["published"]
+            rounds = row["rule"] == "2x" or c["published"] in (1.3, 2.6, 70)
+            close = c["rounds"] if rounds else abs(c["difference"]) <= 0.005
             assert close or row["why"], (row["method"], row["table"], key, c)
-    exact = {(r["method"], r["table"]) for r in rows if not r["why"]}
-    assert {("nrd:deeplabv3plus", "1"), ("nrd:default", "1"), ("nrd:bilinear", "1"),
-            ("nrd:no-guidance-published", "1"), ("nrd:default", "5"),
-            ("nrd:default", "6"), ("nrd:default", "7"),
-            ("deeplabv3plus:dilated", "NRD 5")} <= exact
+    assert counts["nrd"] == 13 and counts["deeplabv3plus"] == 3, counts
+    assert counts["dupsampling"] == 16 and counts["efficientfcn"] == 14, counts
+    assert counts["sfnet"] == 31, counts
+
+
+@pytest.mark.parametrize("method, table, ours", [
+    ("nrd:default", "7", 234.578), ("nrd:duc", "3", 336.099),
+    ("efficientfcn:fcn32s", "1", 44.61), ("dupsampling:default", "2", 1.557),
+    ("sfnet:default", "1c", 123.458), ("sfnet:pspnet", "4", 1065.752)])
+def test_rules_count_as_the_papers_counters_do(costs, method, table, ours):
+    """One known count per rule, to the last digit: mmcv with and without BN, thop, 2x.
+
+    thop also adds 0.01 GMACs for pooled shortcuts that torchvision's ResNet lacks.
+    """
+    row = next(r for r in costs if (r["method"], r["table"]) == (method, table))
+    (compared,) = [c for key, c in row["compared"].items() if key != "params"]
+    slack = 0.015 if row["rule"] == "thop" else 0.001
+    assert compared["ours"] == pytest.approx(ours, abs=slack)
+
+
+def test_one_rule_can_be_asked_for_all(capsys):
+    """--rule counts a row by another paper's counter; plain is the smaller one."""
+    plain, mmcv = (evaluate.cost_rows(["nrd:default"], rule=rule)[0]["compared"][
+        "total"]["ours"] for rule in ("plain", "mmcv"))
+    assert plain == pytest.approx(234.19, abs=0.01) and mmcv > plain
+    call("cost", "sfnet:fpn", "--rule", "thop")
+    assert "thop: total" in capsys.readouterr().out
 
 
 def test_cost_speaks_json(capsys):

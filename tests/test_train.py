@@ -10,8 +10,10 @@ import pytest
 import torch
 
 import data
+import dupsampling
+import evaluate
 import train
-from common import UserError, build_model, segmentation_loss
+from common import UserError, build_model, load_method, methods, segmentation_loss
 from conftest import ROOT, draw_tree, run
 from evaluate import load_checkpoint, restore
 
@@ -150,13 +152,16 @@ def test_schedule_warms_up_and_decays_to_min_lr():
         (0.1 - 1e-4) * 0.5**0.9 + 1e-4)
 
 
-@pytest.mark.parametrize("method", ["nrd", "nrd:bilinear", "deeplabv3plus"])
+@pytest.mark.parametrize("method", ["nrd", "nrd:bilinear", "deeplabv3plus",
+                                    "dupsampling", "efficientfcn", "sfnet"])
 def test_a_batch_can_be_learned_by_heart(method):
     """30 SGD steps on the same two streets: the loss falls below half of its start."""
     dataset = data.open_dataset("streets", "train")
     images, labels = map(torch.stack, zip(*(dataset.load(i) for i in range(2))))
-    options = {"init": "mlp"} if method.startswith("nrd") else {}
-    model = build_model(method, 11, backbone="resnet18", channels=32, **options)
+    module = load_method(method)[0]
+    model = build_model(method, 11, backbone="resnet18", channels=32,
+                        **module.FROM_SCRATCH)
+    getattr(module, "prepare", lambda *_: None)(model, labels)
     images = data.NORMALISE(images)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     losses = []
@@ -173,22 +178,79 @@ def test_paper_recipe_beats_ours_and_command_line_beats_both():
     recipe = train.make_recipe(train.parse(["--dataset", "cityscapes"]))
     assert recipe["lr"] == (0.01, "paper, Sec. 3") and recipe["crop"][0] == (512, 1024)
     assert recipe["iterations"][0] == 84_000
-    assert not {"channels", "init"} & set(recipe), "the paper's network, not ours"
+    assert "channels" not in recipe, "the paper's network, not ours"
     recipe = train.make_recipe(train.parse(["--dataset", "cityscapes", "--lr", "0.02"]))
     assert recipe["lr"] == (0.02, "command line")
     assert train.make_recipe(train.parse([]))["lr"][1] == "ours"
 
 
-@pytest.mark.parametrize("method", ["nrd", "deeplabv3plus"])
-def test_cityscapes_trains_on_the_distributed_layout(tmp_path, method):
+@pytest.mark.parametrize("method", methods())
+def test_cityscapes_trains_on_the_distributed_layout(tmp_path, method, capsys):
     """The real command on a drawn tree, made small; 19 classes, no weights loaded."""
     root = draw_tree(tmp_path / "data", "cityscapes", size=(128, 256))
-    done = run("train.py", "--method", method, "--dataset", "cityscapes",
-               "--data-root", root, "--weights", "none", "--backbone", "resnet18",
-               "--iterations", 2, "--batch", 2, "--crop", 64, 64,
-               "--set", "channels=16", "--out", tmp_path / "run")
-    assert done.returncode == 0, done.stderr
-    assert "of 19 classes present" in done.stdout and "2/2 images" in done.stdout
+    launch("--method", method, "--dataset", "cityscapes", "--data-root", root,
+           "--weights", "none", "--backbone", "resnet18", "--iterations", 2, "--batch",
+           2, "--crop", 64, 64, "--set", "channels=16", "--workers", 0,
+           "--out", tmp_path / "run")
+    said = capsys.readouterr().out
+    assert "of 19 classes present" in said and "2/2 images" in said
+
+
+def test_dupsampling_fits_w_once_and_resume_keeps_it(tmp_path, monkeypatch, capsys):
+    """W comes from the training labels before step one; a resumed run has it already."""
+    argv = [*TINY, "--method", "dupsampling:no-fusion", "--iterations", 4,
+            "--eval-every", 2]
+    launch(*argv, "--out", tmp_path / "whole")
+    assert "directions keep" in capsys.readouterr().out
+    W = weights(tmp_path / "whole" / "last.pt")["model"]["decoder.dupsample.W"]
+    expected, _, _ = dupsampling.principal_components(
+        data.LabelMaps(data.open_dataset("streets", "train"), 0), 11, ratio=16,
+        components=64)
+    torch.testing.assert_close(W, expected)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train.Log, "curves", stop)  # right after the first last.pt
+        launch(*argv, "--out", tmp_path / "cut")
+    monkeypatch.setattr(dupsampling, "prepare", stop)
+    launch("--resume", tmp_path / "cut")
+    whole, cut = (weights(tmp_path / n / "last.pt")["model"] for n in ("whole", "cut"))
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+
+
+def test_pretraining_regresses_before_it_classifies(tmp_path):
+    """--pretrain 2: two steps of Eq. (4), in which T has no part, then cross-entropy."""
+    for steps, name in ((2, "only"), (1, "then")):
+        launch(*TINY, "--method", "dupsampling:no-fusion", "--iterations", 2,
+               "--pretrain", steps, "--out", tmp_path / name)
+    T = {name: weights(tmp_path / name / "last.pt")["model"][
+        "decoder.dupsample.temperature.T"].item() for name in ("only", "then")}
+    assert T["only"] == 1 and T["then"] != 1
+
+
+def test_head_lr_speeds_up_all_but_the_encoder():
+    """EfficientFCN's code: the decoder learns at ten times the encoder's rate."""
+    model = build_model("efficientfcn", 5, backbone="resnet18", channels=16)
+    values = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0, "head_lr": 10.0}
+    groups = train.make_optimizer(model, values).param_groups
+    named = [{id(p) for p in group["params"]} for group in groups]
+    assert named[0] == {id(p) for p in model.encoder.parameters()}
+    assert named[1] == {id(p) for p in model.parameters()} - named[0]
+    assert [group["factor"] for group in groups] == [1.0, 10.0]
+
+
+@pytest.mark.parametrize("method", ["dupsampling:bilinear-os32", "nrd:no-guidance"])
+def test_upper_bound_trains_scores_and_refuses_pictures(tmp_path, method, capsys):
+    """--backbone labels, from the command line to the table; predict says no."""
+    launch(*TINY, "--method", method, "--backbone", "labels", "--iterations", 2,
+           "--bn-images", 2, "--out", tmp_path / "run")
+    evaluate.main(["score", str(tmp_path / "run"), "--workers", "0"])
+    evaluate.main(["table", str(tmp_path / "run")])
+    assert "labels" in capsys.readouterr().out.splitlines()[-1]
+    with pytest.raises(SystemExit):
+        evaluate.main(["explain", str(tmp_path / "run")])
+    assert "reads the ground truth" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv, sentence", [
@@ -197,7 +259,9 @@ def test_cityscapes_trains_on_the_distributed_layout(tmp_path, method):
     (["--dataset", "camvid", "--data-root", "/nowhere"], "no folder /nowhere"),
     (["--dataset", "moon"], "unknown data set 'moon'"),
     (["--batch", "1"], "needs at least two images"),
-    (["--method", "deeplabv3plus", "--init", "mlp"], "has no such option"),
+    (["--method", "deeplabv3plus", "--set", "init=mlp"], "has no option 'init'"),
+    (["--pretrain", "5"], "nrd has no loss of its own"),
+    (["--backbone", "labels"], "has no res2, only res5"),
     (["--bn-images", "3"], "fewer than one batch"),
     (["--resume", "runs/none"], "no checkpoint runs/none/last.pt"),
     (["--batch", "1000"], "larger than the training set"),
