@@ -200,8 +200,7 @@ def resnet_stages(net: nn.Module, output_stride: int) -> tuple[tuple, tuple]:
 def shufflenet_stages(net: nn.Module, output_stride: int) -> tuple[tuple, tuple]:
     """The same of a ShuffleNetV2, whose 1/4 features are its pooled stem."""
     if output_stride != 32:
-        raise UserError(f"output_stride {output_stride}: ShuffleNetV2 is not dilated "
-                        f"here; use a ResNet, or a method with output stride 32")
+        raise UserError(f"output_stride {output_stride}: for ShuffleNetV2 32 only")
     a, c, d, _, e = net._stage_out_channels
     res5 = nn.Sequential(net.stage4, net.conv5)
     return (net.conv1, nn.Identity(), net.stage2, net.stage3, res5), (a, a, c, d, e)
@@ -250,16 +249,14 @@ class LabelEncoder(nn.Module):
     """Five 3x3 convolutions over the one-hot *ground truth*, --backbone labels.
 
     The upper-bound experiment of DUpsampling (Table 1, mIoU*): with nothing left to
-    recognise, what a decoder still gets wrong is what it cannot draw. labels as
-    `one_hot` gives them (B, K, H, W) -> {"res5": (B, 512, H/32, W/32)}; at output
-    stride 16 the last convolution has stride 1. The widths are ours.
+    recognise, what is still wrong is what the decoder cannot draw. (B, K, H, W) ->
+    {"res5": (B, 512, H/32, W/32)}; at 16 the last has stride 1. The widths are ours.
     """
 
     def __init__(self, num_classes: int, *, output_stride=32):
         super().__init__()
         if output_stride not in (16, 32):
-            raise UserError(f"--backbone labels: output_stride {output_stride!r} must "
-                            f"be 32 or 16")
+            raise UserError(f"output_stride {output_stride!r}: for labels, 32 or 16")
         widths = (num_classes, 32, 64, 128, 256, 512)
         strides = (2, 2, 2, 2, output_stride // 16)
         self.num_classes, self.output_stride = num_classes, output_stride
@@ -275,9 +272,9 @@ class Res5Only(dict):
     """Widths of a LabelEncoder: a decoder that asks for another stage is told why."""
 
     def __missing__(self, stage: str):
-        raise UserError(f"--backbone labels has no {stage}, only res5; this is enough "
-                        f"for dupsampling:no-fusion, dupsampling:bilinear, nrd:bilinear "
-                        f"and nrd:no-guidance")
+        raise UserError(f"--backbone labels has no {stage}, only res5: enough for "
+                        f"{{dupsampling,nrd}}:bilinear, dupsampling:no-fusion and "
+                        f"nrd:no-guidance")
 
 
 def make_encoder(backbone: str, num_classes: int, *, weights="none",

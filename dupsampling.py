@@ -163,7 +163,7 @@ def one_hot_rows(patches: Tensor, num_classes: int) -> Tensor:
     columns = patches.long().clamp(max=num_classes - 1) * points + torch.arange(points)
     return torch.sparse_csr_tensor(
         torch.arange(M + 1) * points, columns.flatten(),
-        (patches < num_classes).float().flatten(), (M, num_classes * points),
+        (patches < num_classes).float().flatten(), (M, num_classes * points),  # [N3]
         check_invariants=False)
 
 
@@ -280,7 +280,7 @@ class DUpsample(nn.Module):
         W = ratio * torch.linalg.qr(torch.randn(N, components)).Q
         self.W = nn.Parameter(W, requires_grad=learn)
         self.register_buffer("mean", torch.zeros(N))  # [N2]
-        self.register_buffer("fitted", torch.tensor(False))
+        self.register_buffer("fitted", torch.tensor(False))  # to the labels, by prepare
         self.temperature = Temperature() if temperature else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -489,7 +489,7 @@ def explain(model: DUpsampling, image: Tensor, *, palette=None):
     if not isinstance(model.decoder, DUpsamplingDecoder):
         raise UserError("nothing to explain: this variant has no W")
     last = model.decoder.dupsample
-    (N, E), K, r = last.W.shape, last.num_classes, last.ratio
+    K, r = last.num_classes, last.ratio
     with torch.no_grad():
         features = model.encoder(image)
         said = model.decoder.compressed(model.context(features["res5"]), features)

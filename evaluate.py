@@ -88,8 +88,8 @@ def load_checkpoint(path: str | Path) -> dict:
 def restore(checkpoint: dict, device="cpu", *, reads_images=False) -> nn.Module:
     """The trained model, in eval mode; strict: every tensor must fit."""
     if reads_images and checkpoint["backbone"] == "labels":
-        raise UserError("this run has --backbone labels: it reads the ground truth, not "
-                        "pictures, and can only be scored")
+        raise UserError("this run has --backbone labels: it reads the ground truth, "
+                        "not pictures, and can only be scored")
     model = build_model(checkpoint["method"], len(checkpoint["classes"]),
                         backbone=checkpoint["backbone"], **checkpoint["options"])
     model.load_state_dict(checkpoint["model"])
@@ -355,6 +355,20 @@ def cost_row(method: str, row: dict, rule: str) -> dict:
     return result | {"parts": parts}
 
 
+def cost_line(row: dict) -> str:
+    """One row of `cost` for the screen."""
+    size, parts = "{}x{}".format(*row["size"]), row["parts"]
+    gmacs = f"{'not built':>45}" if not parts else "".join(
+        f"{parts[p]['gmacs']:>9.2f}" for p in (*PARTS[:3], "total")
+    ) + f"{parts['total']['params']:>8.2f}M"
+    shown = ", ".join(
+        f"{key} {c['ours']:.2f}/{c['published']:.4g} ({c['difference']:+.2%})"
+        for key, c in row["compared"].items())
+    return (f"{row['table']:<7}{row['method']:<31}{row['backbone']:<19}{size:<10}"
+            f"{row['classes']:>4}{gmacs}  {row['rule']}: {shown}"
+            f"{'  ! ' + row['why'] if row['why'] else ''}")
+
+
 def command_cost(args) -> None:
     """GMACs and parameters by part, and ours beside the papers' by the papers' rule.
 
@@ -367,16 +381,7 @@ def command_cost(args) -> None:
           f"{'encoder':>9}{'context':>9}{'decoder':>9}{'total':>9}{'params':>9}"
           "  rule: ours / published (difference)")
     for row in rows:
-        size, parts = "{}x{}".format(*row["size"]), row["parts"]
-        gmacs = f"{'not built':>45}" if not parts else "".join(
-            f"{parts[p]['gmacs']:>9.2f}" for p in (*PARTS[:3], "total")
-        ) + f"{parts['total']['params']:>8.2f}M"
-        shown = ", ".join(
-            f"{key} {c['ours']:.2f}/{c['published']:.4g} ({c['difference']:+.2%})"
-            for key, c in row["compared"].items())
-        print(f"{row['table']:<7}{row['method']:<31}{row['backbone']:<19}{size:<10}"
-              f"{row['classes']:>4}{gmacs}  {row['rule']}: {shown}"
-              f"{'  ! ' + row['why'] if row['why'] else ''}")
+        print(cost_line(row))
     print("GMACs by part: plain. Rules:")
     for name, text in RULES.items():
         print(f"  {name:<10} {text}")

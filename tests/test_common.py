@@ -252,7 +252,7 @@ def test_every_variant_trains_and_evaluates_at_any_size(spec, two_streets):
 
 
 def test_build_signatures_look_alike():
-    """num_classes, then by name: backbone, weights, the method's own, aux at the end."""
+    """num_classes, then by name backbone, weights, the method's own, aux at the end."""
     for name in common.methods():
         module = common.load_method(name)[0]
         (first, *rest) = inspect.signature(module.build).parameters.values()

@@ -197,7 +197,7 @@ def test_cityscapes_trains_on_the_distributed_layout(tmp_path, method, capsys):
 
 
 def test_dupsampling_fits_w_once_and_resume_keeps_it(tmp_path, monkeypatch, capsys):
-    """W comes from the training labels before step one; a resumed run has it already."""
+    """W comes from the training labels before step one; a resumed run has it."""
     argv = [*TINY, "--method", "dupsampling:no-fusion", "--iterations", 4,
             "--eval-every", 2]
     launch(*argv, "--out", tmp_path / "whole")
@@ -220,7 +220,7 @@ def test_dupsampling_fits_w_once_and_resume_keeps_it(tmp_path, monkeypatch, caps
 
 
 def test_pretraining_regresses_before_it_classifies(tmp_path):
-    """--pretrain 2: two steps of Eq. (4), in which T has no part, then cross-entropy."""
+    """--pretrain 2: two steps of Eq. (4), T has no part in them, then cross-entropy."""
     for steps, name in ((2, "only"), (1, "then")):
         launch(*TINY, "--method", "dupsampling:no-fusion", "--iterations", 2,
                "--pretrain", steps, "--out", tmp_path / name)
