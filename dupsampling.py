@@ -140,7 +140,7 @@ PUBLISHED = [
         ("4", "fuse-res4", CITY, 19, 25.14, 79.06, E256)]),
     row("4.1.4", "no-temperature", R50, VOC, 21, None, miou=69.81),
     row("4.2", None, X65, VOC, 21, 897.94, name="whole network",
-        why="N10: needs Xception-65 and the test scales, which are not stated"),
+        rule="plain", why="N10: needs Xception-65 and test scales that are not stated"),
 ]
 
 # --- 2. Equations --------------------------------------------------------------------

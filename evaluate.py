@@ -336,7 +336,8 @@ def cost_row(method: str, row: dict, rule: str) -> dict:
               "rule": rule, "compared": {}}
     result |= {key: row[key] for key in ("table", "backbone", "size", "classes")}
     if row["variant"] is None:
-        return result | {"method": row["name"], "parts": None}
+        shown = {"method": row["name"], "published": row["gmacs"]}
+        return result | shown | {"parts": None}
     parts = count_cost(f"{method}:{row['variant']}", row["classes"], row["size"],
                        rule=rule, backbone=row["backbone"], **row.get("options", {}))
     params = parts["total"]["params"] + row.get("unused", 0)
@@ -361,7 +362,7 @@ def cost_line(row: dict) -> str:
     gmacs = f"{'not built':>45}" if not parts else "".join(
         f"{parts[p]['gmacs']:>9.2f}" for p in (*PARTS[:3], "total")
     ) + f"{parts['total']['params']:>8.2f}M"
-    shown = ", ".join(
+    shown = f"total ?/{row['published']}" if not parts else ", ".join(
         f"{key} {c['ours']:.2f}/{c['published']:.4g} ({c['difference']:+.2%})"
         for key, c in row["compared"].items())
     return (f"{row['table']:<7}{row['method']:<31}{row['backbone']:<19}{size:<10}"
