@@ -484,15 +484,15 @@ def explain(model: SFNet, image: Tensor, *, palette=None):
              *((f"flow to {stage}, up to {flow.norm(dim=0).max():.2g} px",
                 flow_colours(flow)) for stage, flow in zip(fams, flows)),
              ("as arrows", picture), ("prediction", colours[logits.argmax(0)])]
-    figure = Figure(figsize=(2.6 * len(tiles), 2.2), layout="constrained")
-    axes = figure.subplots(1, len(tiles))
+    figure, half = Figure(figsize=(11, 4.4), layout="constrained"), -(-len(tiles) // 2)
+    axes = [figure.add_subplot(2, half, i + 1) for i in range(len(tiles))]
     for axis, (title, tile) in zip(axes, tiles):
         show(axis, tile, title)
     (H, W), (h, w) = image.shape[-2:], flows[-1].shape[-2:]
     step, longest = max(w // 16, 1), flows[-1].norm(dim=0).max().clamp(min=1e-6).item()
     x, y = torch.linspace(0, W - 1, w)[::step], torch.linspace(0, H - 1, h)[::step]
     # angles="xy": y grows downwards in an image, and a positive flow must point down.
-    axes[-2].quiver(x, y, *flows[-1][:, ::step, ::step], angles="xy", width=0.006,
+    axes[-2].quiver(x, y, *flows[-1][:, ::step, ::step], angles="xy", width=0.004,
                     scale_units="xy", scale=longest * w / (step * W), color="white")
     return figure
 
