@@ -32,10 +32,10 @@ Paper -> code
     | Table 1, mIoU*     | build                    | --backbone labels |
 
 Notes (paper says / official code does / we do / effect). No official code exists.
-    N1  Is W trained? "pre-computed" / - / frozen, `learn_upsampling` trains it / public
-        re-implementations train a random W and lose what the labels know.
-    N2  Mean of PCA: silent, W x has none / - / subtracted to find W, then dropped;
-        `mean` adds it to the logits / the mean is a class prior, about half a logit.
+    N1  Is W trained? "pre-computed" / - / frozen, `learn_upsampling` trains it / users
+        who train it elsewhere report ragged, nearest-neighbour-like borders.
+    N2  Mean of PCA: W x has none / - / taken off to find W, then dropped; `mean` adds
+        it to the logits / the mean is a class prior of about half a logit.
     N3  Ignored pixels: silent / - / all zero in v, as padding is; no window is left
         out / windows with void are rebuilt darker, not as another class.
     N4  Order of v: silent / - / (class, row, column), that of nn.PixelShuffle, shared
@@ -54,9 +54,9 @@ Notes (paper says / official code does / we do / effect). No official code exist
         and one more product per logit, for T / all but one number round exactly.
     N10 Xception-65 has E = 128, and by its FLOPs 256 on Cityscapes / - / `components` /
         Xception is not in torchvision: `XceptionShapes` serves to count its decoders.
-    N11 Scale of W: Eq. (3) fixes the product W P only / - / columns of length r, so
-        that F and the compressed labels are of order 1 / with length 1, F must grow to
-        16 and learns r*r times slower: on streets 40 steps leave the loss at ln K.
+    N11 Length of W's columns: 1 with PCA, though Eq. (3) fixes only W P / - / 1, and r
+        in FROM_SCRATCH, so that F is of order 1 / with 1, F has to grow to 16 times the
+        logits and T to fall before the loss does: EFFECT.
 
 Run
     python dupsampling.py                      shapes and costs, seconds on a CPU
@@ -99,7 +99,7 @@ VARIANTS = {
     "mean": {"fuse": (), "mean": True},
 }
 
-FROM_SCRATCH = {"init": "torch"}  # options of `build` in train.py's own recipes  [N8]
+FROM_SCRATCH = {"init": "torch", "unit_columns": False}  # in train.py's own recipes
 PAPER, OPEN = "paper, Sec. 4", "not stated; DeepLabv3+'s"
 SCHEDULE = {"lr": (0.007, PAPER), "weight_decay": (1e-4, PAPER),
             "backbone": ("resnet50", PAPER), "weights": ("imagenet", PAPER),
@@ -139,8 +139,8 @@ PUBLISHED = [
         ("4", "vanilla", CITY, 19, 43.65, 79.36, {}),
         ("4", "fuse-res4", CITY, 19, 25.14, 79.06, E256)]),
     row("4.1.4", "no-temperature", R50, VOC, 21, None, miou=69.81),
-    row("4.2", None, X65, VOC, 21, 897.94, name="whole network",
-        rule="plain", why="N10: needs Xception-65 and test scales that are not stated"),
+    row("4.2", None, X65, VOC, 21, 897.94, name="whole network", rule="plain",
+        why="N10: needs Xception-65 and test scales that are not stated"),
 ]
 
 # --- 2. Equations --------------------------------------------------------------------
@@ -163,8 +163,8 @@ def one_hot_rows(patches: Tensor, num_classes: int) -> Tensor:
     columns = patches.long().clamp(max=num_classes - 1) * points + torch.arange(points)
     return torch.sparse_csr_tensor(
         torch.arange(M + 1) * points, columns.flatten(),
-        (patches < num_classes).float().flatten(), (M, num_classes * points),  # [N3]
-        check_invariants=False)
+        (patches < num_classes).float().flatten(),  # [N3]
+        (M, num_classes * points), check_invariants=False)
 
 
 def principal_components(label_maps, num_classes: int, *, ratio: int, components: int,
@@ -182,8 +182,7 @@ def principal_components(label_maps, num_classes: int, *, ratio: int, components
     if components > N:
         raise UserError(f"components={components}: a window of {ratio}x{ratio} with "
                         f"{num_classes} classes has {N} numbers only")
-    # E would do for E directions, but the last ones would turn into place slowly: with
-    # spare vectors, errors shrink by the ratio of eigenvalues E and 2*E in each pass.
+    # With as many spare vectors, errors shrink by eigenvalue 2*E over E in each pass.
     seed = torch.Generator().manual_seed(0)
     Q = torch.linalg.qr(torch.randn(N, min(2 * components, N), generator=seed)).Q
     for step in range(passes):
@@ -202,7 +201,7 @@ def principal_components(label_maps, num_classes: int, *, ratio: int, components
         W = Q @ turn.flip(1)[:, :components]
         lost = 1 - values.flip(0)[:components].sum().item() / variance
         Q = torch.linalg.qr(product).Q
-    return ratio * W, mean, lost  # [N11]
+    return W, mean, lost
 
 
 def vectors(label_maps, ratio: int, num_classes: int, *, chunk=4096):
@@ -232,7 +231,7 @@ def compress(labels: Tensor, W: Tensor, mean: Tensor, *, num_classes: int,
     h, w = -(-H // ratio), -(-W_ // ratio)
     padded = F.pad(labels, (0, w * ratio - W_, 0, h * ratio - H), value=255)
     v = F.pixel_unshuffle(one_hot(padded, num_classes), ratio)  # (B, N, h, w)
-    P = W.T / ratio**2  # the columns of W are orthogonal and of length r  [N11]
+    P = W.T / W[:, 0].square().sum()  # columns: orthogonal, of one length  [N11]
     return F.conv2d(v - mean[:, None, None], P[:, :, None, None])  # (B, E, h, w)
 
 
@@ -267,17 +266,17 @@ class Temperature(nn.Module):
 class DUpsample(nn.Module):
     """Fig. 3: every location's E numbers to its r x r window of logits.
 
-    W is stored in every checkpoint, but not trained unless `learn` says so: the encoder
-    learns a code that exists, not the code and its meaning at once  [N1]. Until
-    `prepare` has seen the labels W is a random matrix, and training warns of it.
+    W is in every checkpoint, but not trained unless `learn` says so: the encoder learns
+    a code that exists, not the code and its meaning at once  [N1]. Until `prepare` has
+    seen the labels W is random, and training warns of it.
     """
 
     def __init__(self, components: int, num_classes: int, ratio: int, *, learn: bool,
-                 mean: bool, temperature: bool):
+                 mean: bool, temperature: bool, unit_columns: bool):
         super().__init__()
-        N = num_classes * ratio**2
+        N, self.length = num_classes * ratio**2, 1 if unit_columns else ratio  # [N11]
         self.num_classes, self.ratio, self.use_mean = num_classes, ratio, mean
-        W = ratio * torch.linalg.qr(torch.randn(N, components)).Q
+        W = self.length * torch.linalg.qr(torch.randn(N, components)).Q
         self.W = nn.Parameter(W, requires_grad=learn)
         self.register_buffer("mean", torch.zeros(N))  # [N2]
         self.register_buffer("fitted", torch.tensor(False))  # to the labels, by prepare
@@ -411,7 +410,7 @@ class DUpsampling(nn.Module):
 def build(num_classes: int, *, backbone="resnet50", weights="none",
           decoder="dupsampling", channels=256, components=64, output_stride=16,
           fuse=("stem", "res4"), temperature=True, learn_upsampling=False, mean=False,
-          init="official", aux=False) -> DUpsampling:
+          unit_columns=True, init="official", aux=False) -> DUpsampling:
     """DUpsampling or one of its rivals; VARIANTS names the rows of the paper's tables.
 
     channels           width D of ASPP and decoder (256)  [N7]
@@ -421,6 +420,7 @@ def build(num_classes: int, *, backbone="resnet50", weights="none",
     temperature        learn T (Sec. 4.1.4)
     learn_upsampling   train W too  [N1]
     mean               add the mean window to the logits  [N2]
+    unit_columns       W as PCA gives it, or with columns of length r  [N11]
     init               of new layers: 'official' as the paper says, or 'torch'  [N8]
     """
     for name, value, known in (
@@ -438,7 +438,7 @@ def build(num_classes: int, *, backbone="resnet50", weights="none",
         head = DUpsamplingDecoder(
             encoder, channels, components, num_classes, fuse=fuse, mean=mean,
             learn=learn_upsampling, temperature=temperature,
-            output_stride=output_stride)
+            unit_columns=unit_columns, output_stride=output_stride)
     elif decoder == "vanilla":
         head = VanillaDecoder(encoder, channels, num_classes, fuse=fuse,
                               output_stride=output_stride)
@@ -453,13 +453,13 @@ def build(num_classes: int, *, backbone="resnet50", weights="none",
 def prepare(model: DUpsampling, label_maps, **options) -> str:
     """Fit W to the training labels, once, before training; a line for the log."""
     if not isinstance(model.decoder, DUpsamplingDecoder):
-        return ""
+        return "this variant has no W to fit"
     last = model.decoder.dupsample
     N, E = last.W.shape
     W, mean, lost = principal_components(label_maps, last.num_classes, components=E,
                                          ratio=last.ratio, **options)
-    last.load_state_dict({"W": W, "mean": mean, "fitted": torch.tensor(True)},
-                         strict=False)  # T is no business of the labels
+    last.load_state_dict({"W": last.length * W, "mean": mean,
+                          "fitted": torch.tensor(True)}, strict=False)  # all but T
     return f"W: {E} of {N} directions keep {1 - lost:.2%} of the labels' variance"
 
 

@@ -70,11 +70,12 @@ def test_streamed_pca_equals_a_dense_svd():
         assert reconstruction_error(v, other, mean) > 1.5 * ours
 
 
-def test_columns_of_w_are_orthogonal_and_r_long():
-    """N11: W^T W = r^2 I, so that P = W^T / r^2 is the best projection."""
-    W, _, _ = dupsampling.principal_components(
-        small_labels(), 3, ratio=4, components=6, passes=3)
-    torch.testing.assert_close(W.T @ W, 16 * torch.eye(6), rtol=1e-4, atol=1e-3)
+@pytest.mark.parametrize("unit_columns, square", [(True, 1), (False, 16**2)])
+def test_columns_of_w_are_orthogonal_and_of_one_length(unit_columns, square):
+    """N11: W^T W = I, or r^2 I, so that W^T is the best projection but for scale."""
+    model, _ = prepared(unit_columns=unit_columns)
+    W = model.decoder.dupsample.W.detach()
+    torch.testing.assert_close(W.T @ W / square, torch.eye(12), rtol=1e-4, atol=1e-4)
 
 
 def test_mean_is_taken_off_before_the_pca():
@@ -84,7 +85,7 @@ def test_mean_is_taken_off_before_the_pca():
         maps, 3, ratio=4, components=6, passes=8)
     v = vectors_slowly(maps, 3, 4)
     leading = torch.linalg.svd(v - v.mean(0), full_matrices=False)[2][0]
-    alike = (W[:, 0].double() @ leading).abs() / 4
+    alike = (W[:, 0].double() @ leading).abs()
     assert alike == pytest.approx(1, abs=1e-3)
 
 
@@ -143,6 +144,7 @@ def test_what_is_compressed_is_drawn_again(H, W):
     maps = small_labels(30, size=(H, W))
     basis, mean, lost = dupsampling.principal_components(
         maps, 3, ratio=4, components=48, passes=2)
+    basis = 4 * basis  # any length will do, as long as both use the same W
     labels = torch.stack(maps[:2])
     x = dupsampling.compress(labels, basis, mean, num_classes=3, ratio=4)
     assert x.shape == (2, 48, -(-H // 4), -(-W // 4))
@@ -189,7 +191,8 @@ def test_the_layer_draws_adds_the_mean_and_divides_by_t():
     """DUpsample is W x, plus the mean window in every window if asked (N2), over T."""
     x = torch.randn(2, 5, 2, 3)
     for mean in (False, True):
-        layer = dupsampling.DUpsample(5, 3, 4, learn=False, mean=mean, temperature=True)
+        layer = dupsampling.DUpsample(5, 3, 4, learn=False, mean=mean,
+                                      temperature=True, unit_columns=False)
         with torch.no_grad():
             layer.temperature.T.fill_(0.5)
             layer.mean.normal_()
