@@ -101,8 +101,8 @@ DEEP = ("the paper's has the deep stem, {0}s, for which torchvision has no weigh
         "--backbone {0}s --weights FILE")  # [N10]
 SHARED = {"weights": ("imagenet", "paper, Sec. 3.3"), "batch": (16, PAPER),
           "momentum": (0.9, PAPER), "min_lr": (0.0, "paper: poly ends at 0"),
-          "warmup": (0, "none in paper or code"), "ohem": (True, "paper, Sec. 3.3"),
-          "aux_weight": (1.0, "official code")}  # [N8]
+          "warmup": (0, "none stated"), "photometric": (False, PAPER),
+          "ohem": (True, "paper, Sec. 3.3"), "aux_weight": (1.0, "official code")}  # N8
 SCRIPTS = SHARED | {
     "backbone": ("resnet50", DEEP.format("resnet50")), "weight_decay": (1e-4, SCRIPT),
     "power": (1.0, SCRIPT), "scale": ((0.5, 2.0), SCRIPT),

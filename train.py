@@ -95,11 +95,11 @@ def print_recipe(recipe: dict[str, tuple]) -> None:
 
 def make_model(args, values: dict, num_classes: int, *, fresh: bool):
     """The model; encoder weights are read for a fresh run only, never on resume."""
-    options = parse_options(args.method, args.set)
+    module, options = load_method(args.method)[0], parse_options(args.method, args.set)
     if "channels" in values:
         options = {"channels": values["channels"]} | options
-    if args.dataset not in load_method(args.method)[0].RECIPES:
-        options = load_method(args.method)[0].FROM_SCRATCH | options
+    if args.dataset not in module.RECIPES:
+        options = module.FROM_SCRATCH | options
     weights = values["weights"] if fresh else "none"
     model = build_model(args.method, num_classes, backbone=values["backbone"],
                         weights=weights, **options)
@@ -113,11 +113,12 @@ def prepare_model(method: str, model, train_set, workers: int) -> None:
     """What a method learns of the labels before its first step, if it does."""
     prepare = getattr(load_method(method)[0], "prepare", None)
     if prepare:
-        say = lambda step, steps, done: done % 50 == 0 and print(
+        say = lambda step, steps, done: print(
             f"\rlabels, pass {step + 1} of {steps}: {done}/{len(train_set)} ", end="",
             flush=True)
+        started = time.time()
         line = prepare(model, data.LabelMaps(train_set, workers), progress=say)
-        print(f"\r{line}")
+        print(f"\r{line} ({time.time() - started:.0f} s)")
 
 
 def make_optimizer(model, values: dict) -> torch.optim.Optimizer:
