@@ -54,9 +54,8 @@ Notes (paper says / official code does / we do / effect). No official code exist
         and one more product per logit, for T / all but one number round exactly.
     N10 Xception-65 has E = 128, and by its FLOPs 256 on Cityscapes / - / `components` /
         Xception is not in torchvision: `XceptionShapes` serves to count its decoders.
-    N11 Length of W's columns: 1 with PCA, though Eq. (3) fixes only W P / - / 1, and r
-        in FROM_SCRATCH, so that F is of order 1 / with 1, F has to grow to 16 times the
-        logits and T to fall before the loss does: EFFECT.
+    N11 T: "learned" from 1 / - / its logarithm is / the gradient of T itself grows with
+        1/T^2: on streets, at lr 0.05, T jumped below 0 and the loss stayed at ln K.
 
 Run
     python dupsampling.py                      shapes and costs, seconds on a CPU
@@ -99,7 +98,7 @@ VARIANTS = {
     "mean": {"fuse": (), "mean": True},
 }
 
-FROM_SCRATCH = {"init": "torch", "unit_columns": False}  # in train.py's own recipes
+FROM_SCRATCH = {"init": "torch"}  # options of `build` in train.py's own recipes  [N8]
 PAPER, OPEN = "paper, Sec. 4", "not stated; DeepLabv3+'s"
 SCHEDULE = {"lr": (0.007, PAPER), "weight_decay": (1e-4, PAPER),
             "backbone": ("resnet50", PAPER), "weights": ("imagenet", PAPER),
@@ -200,7 +199,7 @@ def principal_components(label_maps, num_classes: int, *, ratio: int, components
         values, turn = torch.linalg.eigh(Q.T @ product)  # ascending
         W = Q @ turn.flip(1)[:, :components]
         lost = 1 - values.flip(0)[:components].sum().item() / variance
-        Q = torch.linalg.qr(product).Q
+        Q = torch.linalg.qr(product).Q  # one turn further, orthonormal again
     return W, mean, lost
 
 
@@ -226,13 +225,15 @@ def vectors(label_maps, ratio: int, num_classes: int, *, chunk=4096):
 
 def compress(labels: Tensor, W: Tensor, mean: Tensor, *, num_classes: int,
              ratio: int) -> Tensor:
-    """Eq. (2): x = P v, labels (B, H, W) -> Y~ (B, E, h, w). P is W^T but for scale."""
+    """Eq. (2): x = P v, labels (B, H, W) -> Y~ (B, E, h, w). P is W^T.
+
+    Eq. (3) asks for the best P as well, and with orthonormal columns that is it.
+    """
     (B, H, W_), (N, E) = labels.shape, W.shape
     h, w = -(-H // ratio), -(-W_ // ratio)
     padded = F.pad(labels, (0, w * ratio - W_, 0, h * ratio - H), value=255)
     v = F.pixel_unshuffle(one_hot(padded, num_classes), ratio)  # (B, N, h, w)
-    P = W.T / W[:, 0].square().sum()  # columns: orthogonal, of one length  [N11]
-    return F.conv2d(v - mean[:, None, None], P[:, :, None, None])  # (B, E, h, w)
+    return F.conv2d(v - mean[:, None, None], W.T[:, :, None, None])  # (B, E, h, w)
 
 
 def decompress(x: Tensor, W: Tensor, *, ratio: int) -> Tensor:
@@ -252,15 +253,15 @@ class Temperature(nn.Module):
     """Eq. (6): softmax(z / T); T is one number, learned from 1.
 
     W rebuilds ones and zeros, logits one apart: far too even for a softmax. The network
-    could only answer with a large F; T lets a single number do it (Fig. 5).
+    could only answer with a large F; T lets a single number do it (Fig. 5).  [N11]
     """
 
     def __init__(self):
         super().__init__()
-        self.T = nn.Parameter(torch.ones(()))
+        self.log_T = nn.Parameter(torch.zeros(()))
 
     def forward(self, z: Tensor) -> Tensor:
-        return z / self.T
+        return z / self.log_T.exp()
 
 
 class DUpsample(nn.Module):
@@ -272,11 +273,11 @@ class DUpsample(nn.Module):
     """
 
     def __init__(self, components: int, num_classes: int, ratio: int, *, learn: bool,
-                 mean: bool, temperature: bool, unit_columns: bool):
+                 mean: bool, temperature: bool):
         super().__init__()
-        N, self.length = num_classes * ratio**2, 1 if unit_columns else ratio  # [N11]
+        N = num_classes * ratio**2
         self.num_classes, self.ratio, self.use_mean = num_classes, ratio, mean
-        W = self.length * torch.linalg.qr(torch.randn(N, components)).Q
+        W = torch.linalg.qr(torch.randn(N, components)).Q
         self.W = nn.Parameter(W, requires_grad=learn)
         self.register_buffer("mean", torch.zeros(N))  # [N2]
         self.register_buffer("fitted", torch.tensor(False))  # to the labels, by prepare
@@ -318,7 +319,7 @@ class DUpsamplingDecoder(nn.Module):
         self.fusions = nn.ModuleList(
             Fuse(encoder.channels[n], channels, factor=output_stride // STRIDES[n])
             for n in fuse)
-        self.project = nn.Conv2d(channels, components, 1, bias=False)
+        self.project = nn.Conv2d(channels, components, 1, bias=False)  # D to E
         self.dupsample = DUpsample(components, num_classes, output_stride, **options)
 
     def forward(self, context: Tensor, features: dict[str, Tensor]) -> Tensor:
@@ -349,7 +350,7 @@ class VanillaDecoder(nn.Module):
         self.f = nn.Sequential(
             *separable_conv(channels + reduced * len(fuse), channels),
             *separable_conv(channels, channels))
-        self.classify = nn.Conv2d(channels, num_classes, 1, bias=False)
+        self.classify = nn.Conv2d(channels, num_classes, 1, bias=False)  # as counted
 
     def forward(self, context: Tensor, features: dict[str, Tensor]) -> Tensor:
         finest = min(self.fuse, key=STRIDES.get)
@@ -410,7 +411,7 @@ class DUpsampling(nn.Module):
 def build(num_classes: int, *, backbone="resnet50", weights="none",
           decoder="dupsampling", channels=256, components=64, output_stride=16,
           fuse=("stem", "res4"), temperature=True, learn_upsampling=False, mean=False,
-          unit_columns=True, init="official", aux=False) -> DUpsampling:
+          init="official", aux=False) -> DUpsampling:
     """DUpsampling or one of its rivals; VARIANTS names the rows of the paper's tables.
 
     channels           width D of ASPP and decoder (256)  [N7]
@@ -420,7 +421,6 @@ def build(num_classes: int, *, backbone="resnet50", weights="none",
     temperature        learn T (Sec. 4.1.4)
     learn_upsampling   train W too  [N1]
     mean               add the mean window to the logits  [N2]
-    unit_columns       W as PCA gives it, or with columns of length r  [N11]
     init               of new layers: 'official' as the paper says, or 'torch'  [N8]
     """
     for name, value, known in (
@@ -438,7 +438,7 @@ def build(num_classes: int, *, backbone="resnet50", weights="none",
         head = DUpsamplingDecoder(
             encoder, channels, components, num_classes, fuse=fuse, mean=mean,
             learn=learn_upsampling, temperature=temperature,
-            unit_columns=unit_columns, output_stride=output_stride)
+            output_stride=output_stride)
     elif decoder == "vanilla":
         head = VanillaDecoder(encoder, channels, num_classes, fuse=fuse,
                               output_stride=output_stride)
@@ -458,8 +458,8 @@ def prepare(model: DUpsampling, label_maps, **options) -> str:
     N, E = last.W.shape
     W, mean, lost = principal_components(label_maps, last.num_classes, components=E,
                                          ratio=last.ratio, **options)
-    last.load_state_dict({"W": last.length * W, "mean": mean,
-                          "fitted": torch.tensor(True)}, strict=False)  # all but T
+    last.load_state_dict({"W": W, "mean": mean, "fitted": torch.tensor(True)},
+                         strict=False)  # all but T
     return f"W: {E} of {N} directions keep {1 - lost:.2%} of the labels' variance"
 
 

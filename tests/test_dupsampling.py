@@ -70,12 +70,11 @@ def test_streamed_pca_equals_a_dense_svd():
         assert reconstruction_error(v, other, mean) > 1.5 * ours
 
 
-@pytest.mark.parametrize("unit_columns, square", [(True, 1), (False, 16**2)])
-def test_columns_of_w_are_orthogonal_and_of_one_length(unit_columns, square):
-    """N11: W^T W = I, or r^2 I, so that W^T is the best projection but for scale."""
-    model, _ = prepared(unit_columns=unit_columns)
-    W = model.decoder.dupsample.W.detach()
-    torch.testing.assert_close(W.T @ W / square, torch.eye(12), rtol=1e-4, atol=1e-4)
+def test_columns_of_w_are_orthonormal():
+    """W^T W = I, so that P = W^T is the best projection (Eq. (3))."""
+    W, _, _ = dupsampling.principal_components(
+        small_labels(), 3, ratio=4, components=6, passes=3)
+    torch.testing.assert_close(W.T @ W, torch.eye(6), rtol=1e-4, atol=1e-4)
 
 
 def test_mean_is_taken_off_before_the_pca():
@@ -144,7 +143,6 @@ def test_what_is_compressed_is_drawn_again(H, W):
     maps = small_labels(30, size=(H, W))
     basis, mean, lost = dupsampling.principal_components(
         maps, 3, ratio=4, components=48, passes=2)
-    basis = 4 * basis  # any length will do, as long as both use the same W
     labels = torch.stack(maps[:2])
     x = dupsampling.compress(labels, basis, mean, num_classes=3, ratio=4)
     assert x.shape == (2, 48, -(-H // 4), -(-W // 4))
@@ -161,19 +159,19 @@ def softmax_slowly(z, T):
 
 
 def test_temperature_softmax_is_equation_6():
-    """In value, in the gradient of z and in that of T."""
+    """In value, in the gradient of z and in that of log T, which is T d/dT (N12)."""
     z0, results = torch.randn(5, dtype=torch.float64), []
     layer = dupsampling.Temperature().double()
-    assert layer.T.item() == 1, "T starts at 1 (Sec. 4)"
+    assert torch.equal(layer(z0), z0), "T starts at 1 (Sec. 4)"
+    log_T = torch.tensor(-1.2, dtype=torch.float64, requires_grad=True)
     with torch.no_grad():
-        layer.T.fill_(0.3)
-    T0 = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
-    for function, T in ((lambda z: layer(z).softmax(0), layer.T),
-                        (lambda z: softmax_slowly(z, T0), T0)):
+        layer.log_T.fill_(-1.2)
+    for function, t in ((lambda z: layer(z).softmax(0), layer.log_T),
+                        (lambda z: softmax_slowly(z, math.e ** log_T), log_T)):
         z = z0.clone().requires_grad_()
         out = function(z)
         (out * torch.arange(5)).sum().backward()
-        results.append((out, z.grad, T.grad))
+        results.append((out, z.grad, t.grad))
     for fast, slow in zip(*results):
         torch.testing.assert_close(fast, slow)
 
@@ -183,7 +181,7 @@ def test_a_lower_temperature_sharpens():
     z, layer = torch.tensor([0.0, 1.0]), dupsampling.Temperature()
     even = layer(z).softmax(0)
     with torch.no_grad():
-        layer.T.fill_(0.2)
+        layer.log_T.fill_(math.log(0.2))
     assert layer(z).softmax(0)[1] > 0.99 > 0.75 > even[1]
 
 
@@ -192,9 +190,9 @@ def test_the_layer_draws_adds_the_mean_and_divides_by_t():
     x = torch.randn(2, 5, 2, 3)
     for mean in (False, True):
         layer = dupsampling.DUpsample(5, 3, 4, learn=False, mean=mean,
-                                      temperature=True, unit_columns=False)
+                                      temperature=True)
         with torch.no_grad():
-            layer.temperature.T.fill_(0.5)
+            layer.temperature.log_T.fill_(math.log(0.5))
             layer.mean.normal_()
         drawn = decompress_slowly(x, layer.W, 4)
         for row in range(2 * mean):
