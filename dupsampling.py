@@ -48,8 +48,8 @@ Notes (paper says / official code does / we do / effect). No official code exist
     N7  Encoder: "as in [5]" / - / ResNet with ASPP of 256 channels, rates 96 divided by
         the output stride / not counted in the paper's FLOPs.
     N8  New layers start Gaussian with variance 0.01 / - / the same with the paper's
-        recipes; FROM_SCRATCH has torch's start / four times as long as torch's, weights
-        before a batch norm turn slowly: on streets 0.393 after 450 steps.
+        recipes; FROM_SCRATCH has torch's start / up to four times as long as torch's,
+        weights before a batch norm turn that much slower: for long schedules only.
     N9  "FLOPS": no definition / - / two per multiply-add of the decoder, at 513x513,
         and one more product per logit, for T / all but one number round exactly.
     N10 Xception-65 has E = 128, and by its FLOPs 256 on Cityscapes / - / `components` /

@@ -48,7 +48,7 @@ Notes (paper says / official code does / we do / effect)
         base map / G / with G-bar one vector would be repeated at every location.
     N7  Resizing: "bilinear" / align_corners=True, which is exact at 32k + 1 pixels; at
         512 it lays the last 1/32 row, centred on pixel 480, on the 1/8 row at 504 /
-        the exact positions at any size / none at 32k + 1; elsewhere EFFECT.
+        the exact positions at any size / none at 32k + 1; on streets none to see.
     N8  Bias of A's last batch norm: silent / there / there, so that sizes agree /
         none: Eq. (1) cancels what is constant over space, its gradient is rounding.
     N9  Dropout before the classifier: silent / 0.1, whole channels / as the code, in
