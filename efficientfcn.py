@@ -67,7 +67,7 @@ Notes (paper says / official code does / we do / effect)
 Run
     python efficientfcn.py                     shapes and costs, seconds on a CPU
     python train.py --method efficientfcn      on procedural streets, minutes
-    python train.py --method efficientfcn:n600 --dataset ade20k --data-root DIR
+    python train.py --method efficientfcn --dataset camvid --data-root DIR
 """
 from __future__ import annotations
 
