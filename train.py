@@ -113,12 +113,13 @@ def prepare_model(method: str, model, train_set, workers: int) -> None:
     """What a method learns of the labels before its first step, if it does."""
     prepare = getattr(load_method(method)[0], "prepare", None)
     if prepare:
-        say = lambda step, steps, done: print(
-            f"\rlabels, pass {step + 1} of {steps}: {done}/{len(train_set)} ", end="",
-            flush=True)
+        def say(step, steps, done):
+            if sys.stdout.isatty():  # in a file it would be one endless line
+                print(f"\rlabels, pass {step + 1} of {steps}: {done}/{len(train_set)} ",
+                      end="", flush=True)
         started = time.time()
         line = prepare(model, data.LabelMaps(train_set, workers), progress=say)
-        print(f"\r{line} ({time.time() - started:.0f} s)")
+        print(f"{line} ({time.time() - started:.0f} s)")
 
 
 def make_optimizer(model, values: dict) -> torch.optim.Optimizer:
