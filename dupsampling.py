@@ -35,7 +35,7 @@ Notes (paper says / official code does / we do / effect). No official code exist
     N1  Is W trained? "pre-computed" / - / frozen, `learn_upsampling` trains it / users
         who train it elsewhere report ragged, nearest-neighbour-like borders.
     N2  Mean of PCA: W x has none / - / taken off to find W, then dropped; `mean` adds
-        it to the logits / the mean is a class prior of about half a logit.
+        it to the logits / the mean is a class prior, between 0 and 1 before T.
     N3  Ignored pixels: silent / - / all zero in v, as padding is; no window is left
         out / windows with void are rebuilt darker, not as another class.
     N4  Order of v: silent / - / (class, row, column), that of nn.PixelShuffle, shared

@@ -152,3 +152,10 @@ def test_readme_names_files_that_exist():
     for name in re.findall(r"\]\(([\w./-]+)\)", README):
         assert (ROOT / name).exists(), f"README links to {name}"
     assert len(COMMANDS) >= 8
+
+
+def test_readme_loops_over_methods_that_exist():
+    loops = re.findall(r"for m in (.*?); do", README.replace("\\\n", " "))
+    assert loops
+    for method in " ".join(loops).split():
+        common.load_method(method)
