@@ -240,8 +240,7 @@ def test_every_variant_trains_and_evaluates_at_any_size(spec, two_streets):
         if name in silent:
             assert p.grad.abs().max() < 1e-5, f"{name} has an effect after all"
         else:
-            assert p.grad.abs().max() > 1e-8, (
-                f"{name}: gradient is zero, the layer is not connected")
+            assert p.grad.any(), f"{name}: zero gradient, is it connected?"
     torch.optim.SGD(model.parameters(), lr=0.01).step()
     model.eval()
     with torch.no_grad():

