@@ -161,7 +161,8 @@ def test_a_batch_can_be_learned_by_heart(method):
     steps, rate = (60, 0.05) if method == "dupsampling" else (30, 0.01)
     dataset, module = data.open_dataset("streets", "train"), load_method(method)[0]
     images, labels = map(torch.stack, zip(*(dataset.load(i) for i in range(2))))
-    images, labels = data.NORMALISE(images)[..., 32:96, 64:192], labels[:, 32:96, 64:192]
+    images = data.NORMALISE(images)[..., 32:96, 64:192]
+    labels = labels[:, 32:96, 64:192]
     model = build_model(method, 11, backbone="resnet18", channels=32,
                         **module.FROM_SCRATCH)
     getattr(module, "prepare", lambda *_: None)(model, labels)
