@@ -151,6 +151,7 @@ def prepare_data(args, values: dict):
     if values["batch"] < 2:
         raise UserError("--batch 1: batch norm on the pooled 1x1 map of ASPP needs at "
                         "least two images; pass --batch 2 or more")
+    data.Batches(len(train), values["batch"], start=0, stop=0, seed=0)  # enough images?
     if 0 < values["bn_images"] < values["batch"]:
         raise UserError(f"--bn-images {values['bn_images']}: fewer than one batch of "
                         f"{values['batch']}")

@@ -271,13 +271,16 @@ def test_upper_bound_trains_scores_and_refuses_pictures(tmp_path, method, capsys
     (["--weights", "imagnet"], "no such file"),
     (["--backbone", "resnet19"], "unknown backbone"),
 ])
-def test_mistakes_end_in_one_sentence_and_code_2(argv, sentence, capsys):
-    """No traceback, exit code 2, before the first step."""
+def test_mistakes_end_in_one_sentence_and_code_2(argv, sentence, capsys, tmp_path,
+                                                 monkeypatch):
+    """No traceback, exit code 2, before the first step, and no folder left behind."""
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
         train.main(argv)
     said = capsys.readouterr()
     assert stop.value.code == 2 and sentence in said.err, said.err
     assert "Traceback" not in said.err and "loss" not in said.out
+    assert not (tmp_path / "runs").exists(), "a run that never began left its folder"
 
 
 def test_illegal_label_stops_before_the_first_step(tmp_path):
