@@ -265,7 +265,7 @@ def test_upper_bound_trains_scores_and_refuses_pictures(tmp_path, method, capsys
     (["--method", "deeplabv3plus", "--set", "init=mlp"], "has no option 'init'"),
     (["--pretrain", "5"], "nrd has no loss of its own"),
     (["--backbone", "labels"], "has no res2, only res5"),
-    (["--bn-images", "3"], "fewer than one batch"),
+    (["--bn-images", "1"], "fewer than one batch"),
     (["--resume", "runs/none"], "no checkpoint runs/none/last.pt"),
     (["--batch", "1000"], "larger than the training set"),
     (["--weights", "imagnet"], "no such file"),
@@ -276,7 +276,7 @@ def test_mistakes_end_in_one_sentence_and_code_2(argv, sentence, capsys, tmp_pat
     """No traceback, exit code 2, before the first step, and no folder left behind."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        train.main(argv)
+        train.main(["--batch", "2", *argv])  # of six streets
     said = capsys.readouterr()
     assert stop.value.code == 2 and sentence in said.err, said.err
     assert "Traceback" not in said.err and "loss" not in said.out
