@@ -303,7 +303,7 @@ class Fuse(nn.Module):
 
     def forward(self, last: Tensor, low: Tensor) -> Tensor:
         B, D, h, w = last.shape
-        # Shrinking first changes nothing, both are linear; it costs up to 64 times less.
+        # Shrinking first changes nothing (both are linear) and costs up to 64x less.
         low = self.reduce(downsample(low, self.factor, (h, w)))  # (B, L, h, w)
         both = torch.cat([last, low], dim=1)  # (B, D+L, h, w)
         return self.f(both)
