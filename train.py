@@ -29,7 +29,8 @@ from torch import Tensor
 import data
 from common import (BACKBONES, UserError, build_model, load_method, network_input,
                     parse_options, segmentation_loss)
-from evaluate import load_checkpoint, sample_sheet, score_dataset, show_errors
+from evaluate import (Protocol, load_checkpoint, sample_sheet, score_dataset,
+                      show_errors)
 
 # --- 1. The recipe -------------------------------------------------------------------
 
@@ -70,9 +71,9 @@ def make_recipe(args) -> dict[str, tuple]:
     """{name: (value, source)}: command line over the module's recipe over ours."""
     module, _ = load_method(args.method)
     recipe = {name: (value, "ours") for name, value in OURS.items()}
-    if args.dataset in module.RECIPES:  # a paper's recipe brings the paper's network
+    if recipe_name(args) in module.RECIPES:  # it brings the paper's network too
         recipe.pop("channels")
-        recipe |= module.RECIPES[args.dataset]
+        recipe |= module.RECIPES[recipe_name(args)]
     else:
         recipe |= {k: (v, "ours") for k, v in OUR_RECIPES.get(args.dataset, {}).items()}
     for name in RECIPE_HELP:
@@ -83,6 +84,13 @@ def make_recipe(args) -> dict[str, tuple]:
     if args.epochs and not args.iterations:
         recipe["iterations"] = (0, "command line")
     return recipe
+
+
+def recipe_name(args) -> str:
+    """Papers that say VOC mean the augmented set; both Contexts are trained alike."""
+    name = {"voc-aug": "voc", "context59": "context60"}.get(args.dataset)
+    known = load_method(args.method)[0].RECIPES
+    return name if name and args.dataset not in known else args.dataset
 
 
 def print_recipe(recipe: dict[str, tuple]) -> None:
@@ -98,7 +106,7 @@ def make_model(args, values: dict, num_classes: int, *, fresh: bool):
     module, options = load_method(args.method)[0], parse_options(args.method, args.set)
     if "channels" in values:
         options = {"channels": values["channels"]} | options
-    if args.dataset not in module.RECIPES:
+    if recipe_name(args) not in module.RECIPES:
         options = module.FROM_SCRATCH | options
     weights = values["weights"] if fresh else "none"
     model = build_model(args.method, num_classes, backbone=values["backbone"],
@@ -144,7 +152,7 @@ def prepare_data(args, values: dict):
     """Both splits, opened and spot-checked, so that bad files fail before step one."""
     split = {"root": args.data_root, "difficulty": args.difficulty}
     train, val = (data.open_dataset(args.dataset, name, **split)
-                  for name in ("train", "val"))
+                  for name in (args.train_split, "val"))
     if args.dataset != "streets":
         for part in (train, val):
             data.check_some(part)
@@ -222,7 +230,8 @@ def start_run(args) -> Run:
     describe(folder, args, recipe, device, total, len(train_set), len(val_set))
     meta = {"format": 1, "method": args.method, "options": options,
             "backbone": values["backbone"], "dataset": args.dataset,
-            "data_root": args.data_root, "difficulty": args.difficulty,
+            "train_split": args.train_split, "data_root": args.data_root,
+            "difficulty": args.difficulty,
             "classes": list(val_set.info.classes),
             "palette": [list(c) for c in val_set.info.palette],
             "mean": list(data.MEAN), "std": list(data.STD), "seed": args.seed,
@@ -263,7 +272,7 @@ def train(args) -> float:
     if matrix is None:
         raise UserError(f"{run.folder} is finished ({first} of {total} steps are done)")
     sample_sheet(run.model, run.val_set, run.folder / "samples.png", device=run.device)
-    print(matrix.summary(protocol="whole image, single scale",
+    print(matrix.summary(protocol=str(Protocol()),
                          expected_images=len(run.val_set)))
     print(f"best mIoU on val {run.best:.4f}; {time.time() - started:.0f} s; "
           f"see {run.folder}/samples.png and curves.png")
@@ -345,8 +354,9 @@ def refresh_batch_norm(run: Run) -> None:
 
 def describe(folder: Path, args, recipe, device, total, n_train, n_val) -> None:
     """Say and store what is about to happen, each value with where it comes from."""
-    print(f"{args.dataset}: {n_train} training, {n_val} validation images; {device}, "
-          f"{torch.get_num_threads()} threads, {args.workers} workers, amp {args.amp}")
+    print(f"{args.dataset}: {n_train} training ({args.train_split}), {n_val} "
+          f"validation images; {device}, {torch.get_num_threads()} threads, "
+          f"{args.workers} workers, amp {args.amp}")
     print_recipe(recipe)
     batch = recipe["batch"][0]
     print(f"{total} steps of {batch} images = {total * batch / n_train:.1f} epochs "
@@ -499,7 +509,9 @@ def parse(argv=None):
     add("--set", nargs="+", default=[], metavar="KEY=VALUE",
         help="options of the method, as hidden_channels=32; a wrong key lists all")
     add("--dataset", default="streets",
-        help="streets (embedded), camvid, cityscapes or folder (default streets)")
+        help=f"{', '.join(data.DATASETS)} (default streets, which is drawn)")
+    add("--train-split", default="train", metavar="SPLIT",
+        help="as trainval, after which the mIoU on val says nothing (default train)")
     add("--data-root", metavar="DIR", help="folder of the data set, as distributed")
     add("--difficulty", type=float, default=0.5,
         help="of streets: 0 clean .. 1 noisy, dark, colours alike (default 0.5)")

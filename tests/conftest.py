@@ -11,6 +11,9 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from data import voc_colour  # noqa: E402 (it is found by the line above)
+
+VOC_COLOURS = [channel for label in range(256) for channel in voc_colour(label)]
 SMALL = {"backbone": "resnet18", "channels": 16}
 
 
@@ -29,30 +32,70 @@ def run(*argv, cwd=ROOT, timeout=120) -> subprocess.CompletedProcess:
                           capture_output=True, text=True)
 
 
-def save(path: Path, array: np.ndarray) -> Path:
+def save(path: Path, array: np.ndarray, *, palette=None) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path)
+    image = Image.fromarray(array)
+    if palette is not None:  # the ids stay, the mode becomes P
+        image.putpalette(palette)
+    image.save(path)
     return path
 
 
-def draw_tree(root: Path, name: str, *, size=(64, 96), images=2, seed=0) -> Path:
+VOC, CONTEXT = "VOCdevkit/VOC2012", "VOCdevkit/VOC2010"
+RAW_IDS = {"camvid": range(12), "cityscapes": [*range(34), 255],
+           "folder": [0, 1, 2, 255], "voc": [*range(21), 255],
+           "voc-aug": [*range(21), 255], "ade20k": range(151),
+           "context59": range(60), "context60": range(60)}
+
+
+def tree_files(name: str, split: str, i: int) -> tuple[str, str, str]:
+    """Where a data set as distributed has image i, its mask, and the split's list."""
+    folder = {"train": "training", "val": "validation"}.get(split)
+    city = {"train": "aachen", "val": "frankfurt", "test": "berlin"}[split]
+    number = i + {"train": 0, "val": 1000, "test": 2000}[split]
+    stem = {"camvid": f"{i:04d}", "cityscapes": f"{city}_{i:06d}_000019",
+            "folder": f"{i}", "voc": f"2007_{number + 32:06d}",
+            "voc-aug": f"2007_{number + 32:06d}", "ade20k": f"ADE_{split}_{i + 1:08d}"
+            }.get(name, f"2008_{number + 2:06d}")
+    aug = ("Aug", "train_aug") if (name, split) == ("voc-aug", "train") else ("", split)
+    voc = (f"{VOC}/JPEGImages/{stem}.jpg",
+           f"{VOC}/SegmentationClass{aug[0]}/{stem}.png",
+           f"{VOC}/ImageSets/Segmentation/{aug[1]}.txt")
+    context = (f"{CONTEXT}/JPEGImages/{stem}.jpg",
+               f"{CONTEXT}/SegmentationClassContext/{stem}.png",
+               f"{CONTEXT}/ImageSets/SegmentationContext/{split}.txt")
+    ade = f"images/{folder}" if folder else "release_test/testing"
+    return {
+        "camvid": (f"{split}/{stem}.png", f"{split}annot/{stem}.png", ""),
+        "cityscapes": (f"leftImg8bit/{split}/{city}/{stem}_leftImg8bit.png",
+                       f"gtFine/{split}/{city}/{stem}_gtFine_labelIds.png", ""),
+        "folder": (f"{split}/images/{stem}.jpg", f"{split}/masks/{stem}.png", ""),
+        "voc": voc, "voc-aug": voc, "context59": context, "context60": context,
+        "ade20k": (f"{ade}/{stem}.jpg", f"annotations/{folder}/{stem}.png", ""),
+    }[name]
+
+
+def draw_tree(root: Path, name: str, *, size=(64, 96), images=2, seed=0,
+              splits=("train", "val")) -> Path:
     """A small data set in the layout that `name` is distributed in, all ids present."""
-    rng = np.random.default_rng(seed)
-    ids = {"camvid": range(12), "cityscapes": [*range(34), 255],
-           "folder": [0, 1, 2, 255]}
-    for split in ("train", "val"):
-        for i in range(images):
-            image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
-            blocks = rng.choice(list(ids[name]), (size[0] // 8, size[1] // 8))
-            blocks.flat[:len(ids[name])] = list(ids[name])
-            mask = np.kron(blocks, np.ones((8, 8))).astype(np.uint8)
-            city, stem = "aachen", f"aachen_{i:06d}_000019"
-            image_path, mask_path = {
-                "camvid": (f"{split}/{i:04d}.png", f"{split}annot/{i:04d}.png"),
-                "cityscapes": (f"leftImg8bit/{split}/{city}/{stem}_leftImg8bit.png",
-                               f"gtFine/{split}/{city}/{stem}_gtFine_labelIds.png"),
-                "folder": (f"{split}/images/{i}.jpg", f"{split}/masks/{i}.png"),
-            }[name]
-            save(root / image_path, image)
-            save(root / mask_path, mask)
+    rng, ids = np.random.default_rng(seed), list(RAW_IDS[name])
+    cell = 8 if len(ids) <= size[0] * size[1] // 64 else 4
+    for split, i in [(split, i) for split in splits for i in range(images)]:
+        image, mask, listed = (root / part for part in tree_files(name, split, i))
+        save(image, rng.integers(0, 256, (*size, 3), dtype=np.uint8))
+        blocks = rng.choice(ids, (size[0] // cell, size[1] // cell))
+        blocks.flat[:len(ids)] = ids
+        raw = np.kron(blocks, np.ones((cell, cell))).astype(np.uint8)
+        is_voc = "SegmentationClass/" in str(mask)
+        if split != "test" or name in ("camvid", "folder"):
+            save(mask, raw, palette=VOC_COLOURS if is_voc else None)
+        elif name == "cityscapes":  # dummies, as distributed
+            save(mask, np.zeros(size, np.uint8))
+        if listed != root:
+            listed.parent.mkdir(parents=True, exist_ok=True)
+            line = (f"/JPEGImages/{image.name} /SegmentationClassAug/{mask.name}"
+                    if listed.stem == "train_aug" else image.stem)
+            listed.write_text((listed.read_text() if i else "") + line + "\n")
+    if name == "voc-aug":  # it stands beside VOC's own masks
+        (root / VOC / "SegmentationClass").mkdir(exist_ok=True)
     return root
