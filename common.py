@@ -425,21 +425,34 @@ class ConfusionMatrix:
         hits = self.counts.diag().double()
         return hits / (self.counts.sum(0) + self.counts.sum(1) - hits)
 
-    def miou(self) -> float:
-        """Mean IoU over the classes that occur; an error if no pixel was valid."""
+    def miou(self, *, absent=math.nan) -> float:
+        """Mean IoU over the classes that occur; an error if no pixel was valid.
+
+        absent=0 counts the others, as PyTorch-Encoding (and EfficientFCN's code) does.
+        """
         if self.counts.sum() == 0:
             raise UserError("no valid pixel was scored: are all labels 255?")
-        return self.iou().nanmean().item()
+        return self.iou().nan_to_num(absent).nanmean().item()
+
+    def accuracy(self) -> Tensor:
+        """Share of each true class' pixels that is found, (K,), NaN where it is not."""
+        return self.counts.diag().double() / self.counts.sum(1)
+
+    def mean_accuracy(self) -> float:
+        return self.accuracy().nanmean().item()
 
     def pixel_accuracy(self) -> float:
         return (self.counts.diag().sum() / self.counts.sum()).item()
 
-    def summary(self, *, protocol: str, expected_images: int) -> str:
+    def summary(self, *, protocol: str, expected_images: int, name="mIoU",
+                miou: float | None = None) -> str:
         """The number together with what it means; never print one without the other."""
         if self.images != expected_images:
             raise RuntimeError(f"scored {self.images} of {expected_images} images")
         present = int((~self.iou().isnan()).sum())
-        return (f"mIoU {self.miou():.4f}  pixel accuracy {self.pixel_accuracy():.4f}  "
+        miou = self.miou() if miou is None else miou
+        return (f"{name} {miou:.4f}  mean accuracy {self.mean_accuracy():.4f}  "
+                f"pixel accuracy {self.pixel_accuracy():.4f}  "
                 f"({present} of {self.num_classes} classes present, {protocol}, "
                 f"{self.images}/{expected_images} images)")
 
@@ -546,5 +559,7 @@ def build_model(spec: str, num_classes: int, *, backbone="resnet50", weights="no
     for any H, W >= 32; `aux` is filled in training only.
     """
     module, variant = load_method(spec)
-    return module.build(num_classes, backbone=backbone, weights=weights,
-                        **(variant | options))
+    model = module.build(num_classes, backbone=backbone, weights=weights,
+                         **(variant | options))
+    model.num_classes = num_classes
+    return model

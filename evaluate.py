@@ -1,29 +1,42 @@
 """Score a run, predict your own pictures, count the cost, make the table.
 
     python evaluate.py score runs/nrd-streets-s0
+    python evaluate.py score RUN --scales 0.5 0.75 1.0 1.25 1.5 1.75 --flip --bands
     python evaluate.py predict runs/nrd-streets-s0/best.pt photo.jpg --out predictions
     python evaluate.py explain runs/nrd-streets-s0 --out explain.png
     python evaluate.py cost                       ours beside the published numbers
+    python evaluate.py memory nrd sfnet           what one pass over an image takes
     python evaluate.py table runs/*               one line per run
 
-Protocol of every number here: whole images at their own size, batch 1, labels never
-resized, logits bilinear to the image's size, argmax; one int64 confusion matrix over
-all valid pixels of the split; IoU per class; mean over the classes that occur.
+Protocol of every number here: one image at a time, labels never resized, logits
+bilinear to the image's own size, argmax; one int64 confusion matrix over all valid
+pixels of the split; IoU per class; mean over the classes that occur. How an image
+becomes logits (whole or in windows, scales, flip) is a `Protocol`, and is printed.
 """
 from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import json
+import math
+import os
+import subprocess
 import sys
+import time
+from collections import Counter
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms.v2.functional import resize
 
 import data
 from common import (IGNORE_INDEX, ConfusionMatrix, UserError, build_model, load_method,
@@ -43,37 +56,21 @@ def show_errors(debug: bool = False):
         sys.exit(2)
 
 
-# --- Scoring -------------------------------------------------------------------------
+# --- Checkpoints ---------------------------------------------------------------------
 
 
-def score_dataset(model: nn.Module, dataset, *, device, workers=0,
-                  amp="off") -> ConfusionMatrix:
-    """Confusion matrix of the model on a whole split; train.py uses this too."""
-    model.eval()
-    matrix = ConfusionMatrix(len(dataset.info.classes))
-    with torch.inference_mode(), torch.autocast(
-            torch.device(device).type, torch.bfloat16, enabled=amp == "bf16"):
-        for images, labels in data.val_loader(dataset, workers=workers):
-            inputs = network_input(model, images, labels)
-            matrix.update(labels[0], predict(model, inputs.to(device)))
-    return matrix
-
-
-def predict(model: nn.Module, images: Tensor) -> Tensor:
-    """Class ids (H, W) of one normalised image (1, 3, H, W), at least 32x32 inside."""
-    H, W = images.shape[-2:]
-    if min(H, W) < 32:  # the encoder's smallest cell; repeat the border, cut it after
-        images = nn.functional.pad(images, (0, max(0, 32 - W), 0, max(0, 32 - H)),
-                                   mode="replicate")
-    return model(images)["out"][0, :, :H, :W].argmax(0)
-
-
-def load_checkpoint(path: str | Path) -> dict:
-    """A checkpoint's content; a run folder stands for its best.pt."""
+def checkpoint_file(path: str | Path) -> Path:
+    """A run folder stands for its best.pt."""
     path = Path(path)
     path = path / "best.pt" if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"no checkpoint {path}; give a run folder or a .pt file of it")
+    return path
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """A checkpoint's content; a run folder stands for its best.pt."""
+    path = checkpoint_file(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
@@ -85,61 +82,489 @@ def load_checkpoint(path: str | Path) -> dict:
     return checkpoint
 
 
+def untrained(checkpoint: dict) -> nn.Module:
+    """The network of a checkpoint with fresh weights."""
+    return build_model(checkpoint["method"], len(checkpoint["classes"]),
+                       backbone=checkpoint["backbone"], **checkpoint["options"])
+
+
 def restore(checkpoint: dict, device="cpu", *, reads_images=False) -> nn.Module:
     """The trained model, in eval mode; strict: every tensor must fit."""
     if reads_images and checkpoint["backbone"] == "labels":
         raise UserError("this run has --backbone labels: it reads the ground truth, "
-                        "not pictures, and can only be scored")
-    model = build_model(checkpoint["method"], len(checkpoint["classes"]),
-                        backbone=checkpoint["backbone"], **checkpoint["options"])
+                        "not pictures, and can only be scored, on whole images")
+    model = untrained(checkpoint)
     model.load_state_dict(checkpoint["model"])
     return model.to(device, memory_format=torch.channels_last).eval()
+
+
+# --- Prediction: one image by a protocol ---------------------------------------------
+
+STRIP = 2**20  # floats in a strip of rows; nothing of [K, H, W] is larger, but
+BAND = 2**27   # the sum over scales and flips: by bands of rows of this many floats
+WIDTHS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 40)  # of bands, in pixels
+CPU_PIXELS = 530_000  # in one pass: every method then stays below 2 GB
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How an image becomes class ids; printed and stored with every number.
+
+    scales, flip  passes of the resized and mirrored image
+    fuse          mean: of the passes' softmax, as DeepLabv3+ and mmsegmentation;
+                  exp: sum of exp(logits), EfficientFCN's code, trusts scales with
+                  large logits more
+    window        (h, w) of sliding windows over the resized image, None: all of it
+    stride        from one window to the next; None: two thirds of a window
+    max_pixels    leave out scales at which the image has more, 0: none
+    pass_pixels   most pixels that go through the network at once, 0: any; a larger
+                  image goes in windows, halved until they are small enough
+    """
+
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+    fuse: str = "mean"
+    window: tuple[int, int] | None = None
+    stride: tuple[int, int] | None = None
+    max_pixels: int = 0
+    pass_pixels: int = 0
+
+    def __str__(self) -> str:
+        said = "whole image" if not self.window else (
+            "windows {}x{} every {}x{}".format(*self.window, *self.steps(self.window)))
+        if self.scales == (1.0,):
+            said += ", single scale"
+        else:
+            said += f", scales {' '.join(f'{s:g}' for s in self.scales)}"
+        said += " + flip" if self.flip else ""
+        if self.flip or len(self.scales) > 1:
+            said += {"mean": ", mean softmax", "exp": ", sum of exp"}[self.fuse]
+        return said + (f", <= {self.max_pixels} px" if self.max_pixels else "")
+
+    def steps(self, window: tuple[int, int]) -> tuple[int, int]:
+        """From one window to the next: no further than a window is long."""
+        wished = self.stride or tuple(-(-2 * n // 3) for n in window)
+        return tuple(min(step, n) for step, n in zip(wished, window))
+
+    def passes(self, H: int, W: int) -> list[tuple[tuple[int, int], bool]]:
+        """[(size, mirrored)] for an image of H x W pixels."""
+        sizes = [(max(1, round(H * s)), max(1, round(W * s))) for s in self.scales]
+        kept = [s for s in sizes if not self.max_pixels
+                or s[0] * s[1] <= self.max_pixels]
+        if not kept:
+            raise UserError(f"--max-pixels {self.max_pixels} leaves no scale for an "
+                            f"image of {H}x{W}")
+        return [(s, flipped) for s in kept for flipped in (False, True)[:1 + self.flip]]
+
+
+def native_logits(model: nn.Module, images: Tensor) -> Tensor:
+    """Logits (K, q, r) of one image as the decoder leaves them, mostly at 1/4.
+
+    This is `forward` without its last line, the enlargement to pixels: that would be
+    16 times as large, and is done by strips of rows here. DUpsampling's last line is W,
+    window by window: without it, what it says of each window (E, q, r).
+    """
+    features = model.encoder(images)
+    context, decoder = model.context(features["res5"]), model.decoder
+    if hasattr(decoder, "dupsample"):
+        return decoder.compressed(context, features)[0]
+    logits = decoder(context, features)
+    return (logits if isinstance(logits, Tensor) else logits[0])[0].float()
+
+
+def lerp_rows(x: Tensor, at: Tensor, first: int) -> Tensor:
+    """Rows (K, n, w) at fractional positions `at`; x holds the rows from `first` on."""
+    above = at.long() - first
+    below = (above + 1).clamp(max=x.shape[1] - 1)
+    weight = (at - at.floor()).float()[:, None].to(x.device)
+    return torch.lerp(x[:, above], x[:, below], weight)
+
+
+class Windows:
+    """The logits of one (resized, mirrored) image by rows, from one or more windows.
+
+    A window goes through the network when the first of its rows is asked for, and is
+    forgotten when rows below it are: few are alive at a time. Where windows overlap,
+    the logits are averaged. The last window of a row or column moves back inside.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor, window, steps):
+        self.model, self.images, self.alive = model, images, {}
+        H, W = images.shape[-2:]
+        h, w = (min(n, N) for n, N in zip(window, (H, W)))
+        places = lambda n, N, step: [min(i * step, N - n)
+                                     for i in range(-(-(N - n) // step) + 1)]
+        self.boxes = [(y, x, h, w) for y in places(h, H, steps[0])
+                      for x in places(w, W, steps[1])]
+
+    def rows(self, lo: int, hi: int) -> Tensor:
+        """Logits (K, hi - lo, W) of the rows lo..hi-1."""
+        self.alive = {box: x for box, x in self.alive.items() if box[0] + box[2] > lo}
+        total = None
+        for box in self.boxes:
+            y, x, h, w = box
+            top, bottom = max(lo, y), min(hi, y + h)
+            if top >= bottom:
+                continue
+            if box not in self.alive:
+                self.alive[box] = self.run(box)
+            part = self.pixels(self.alive[box], box, top - y, bottom - y)
+            if len(self.boxes) == 1:
+                return part
+            if total is None:
+                total = part.new_zeros(len(part) + 1, hi - lo, self.images.shape[-1])
+            view = total[:, top - lo:bottom - lo, x:x + w]
+            view[:-1] += part
+            view[-1] += 1  # how many windows saw a pixel
+        return total[:-1] / total[-1]
+
+    def run(self, box: tuple[int, int, int, int]) -> Tensor:
+        y, x, h, w = box
+        crop = self.images[..., y:y + h, x:x + w]
+        if min(h, w) < 32:  # the encoder's smallest cell; repeat the border, cut later
+            crop = F.pad(crop, (0, max(0, 32 - w), 0, max(0, 32 - h)), mode="replicate")
+        return native_logits(self.model, crop)
+
+    def pixels(self, native: Tensor, box, lo: int, hi: int) -> Tensor:
+        """Rows lo..hi-1 of a window's logits at its own size, (K, hi - lo, w)."""
+        (_, _, h, w), q = box, native.shape[1]
+        stride = getattr(self.model.decoder, "stride", None)
+        if stride == 1:  # no enlargement, or DUpsampling's, for all windows it touches
+            if not hasattr(self.model.decoder, "dupsample"):
+                return native[:, lo:hi, :w]
+            r = self.model.decoder.dupsample.ratio
+            cells = native[None, :, lo // r:-(-hi // r)]
+            x = self.model.decoder.dupsample(cells)[0]
+            return x[:, lo % r:lo % r + hi - lo, :w]
+        y = torch.arange(lo, hi, dtype=torch.float64)
+        # As the models' own last line: by a whole factor, or (SFNet, its note N3)
+        # stretched so that the corners stay corners.
+        y = (y + 0.5) / stride - 0.5 if stride else y * (q - 1) / max(max(h, 32) - 1, 1)
+        y = y.clamp(0, q - 1)
+        first, last = int(y[0]), min(int(y[-1]) + 2, q)
+        x = lerp_rows(native[:, first:last], y, first)[None]
+        if stride:
+            x = F.interpolate(x, scale_factor=(1, stride), mode="bilinear")
+        else:
+            x = F.interpolate(x, (hi - lo, max(w, 32)), mode="bilinear",
+                              align_corners=True)
+        return x[0, :, :, :w]
+
+    def resized_rows(self, lo: int, hi: int, size: tuple[int, int]) -> Tensor:
+        """Rows lo..hi-1 of the logits bilinearly resized to `size` = (H, W)."""
+        h, w = self.images.shape[-2:]
+        if (h, w) == size:
+            return self.rows(lo, hi)
+        y = (torch.arange(lo, hi, dtype=torch.float64) + 0.5) * h / size[0] - 0.5
+        y = y.clamp(0, h - 1)
+        first, last = int(y[0]), min(int(y[-1]) + 2, h)
+        x = lerp_rows(self.rows(first, last), y, first)[None]
+        return F.interpolate(x, (hi - lo, size[1]), mode="bilinear")[0]
+
+
+def halved(window: tuple[int, int]) -> tuple[int, int]:
+    """Half the window: its longer side, to a multiple of the encoder's 32."""
+    if max(window) <= 64:
+        raise UserError("not even a window of 64x64 is small enough")
+    h, w = window
+    half = lambda n: 32 * -(-n // 64)
+    return (half(h), w) if h > w else (h, half(w))
+
+
+def window_for(size: tuple[int, int], protocol: Protocol) -> tuple[int, int]:
+    """The protocol's window for an image of `size`, halved while it is too large."""
+    window = tuple(min(n, N) for n, N in zip(protocol.window or size, size))
+    while protocol.pass_pixels and window[0] * window[1] > protocol.pass_pixels:
+        window = halved(window)
+    return window
+
+
+def predict(model: nn.Module, images: Tensor, protocol=Protocol(),
+            cut: Counter | None = None) -> Tensor:
+    """Class ids (H, W) of one normalised image (1, 3, H, W), by a protocol.
+
+    The score map (K, H, W) is never there: a single pass is enlarged and decided by
+    strips of rows. Several passes need their sum, which is kept for a band of rows.
+    `cut` counts the sizes that went through in smaller windows, for lack of memory.
+    """
+    H, W = images.shape[-2:]
+    passes = len(protocol.passes(H, W))
+    band = H if passes == 1 else max(1, BAND // (model.num_classes * W))
+    bands = [slice(top, min(top + band, H)) for top in range(0, H, band)]
+    cut = Counter() if cut is None else cut
+    return torch.cat([decide(model, images, protocol, rows, cut) for rows in bands])
+
+
+def decide(model: nn.Module, images: Tensor, protocol: Protocol, rows: slice,
+           cut: Counter) -> Tensor:
+    """Class ids of some rows, from all passes of the protocol."""
+    H, W = images.shape[-2:]
+    K, passes = model.num_classes, protocol.passes(H, W)
+    exp, total = protocol.fuse == "exp", None
+    if len(passes) > 1:
+        total = images.new_full((K, rows.stop - rows.start, W), -math.inf if exp else 0)
+    ids, strip = [], max(1, STRIP // (K * W))
+    for size, mirrored in passes:
+        view = images if size == (H, W) else resize(images, size)
+        window = window_for(size, protocol)
+        wished = window_for(size, replace(protocol, pass_pixels=0))
+        if rows.start == 0 and window != wished:
+            cut["{}x{} in windows of {}x{}".format(*size, *window)] += 1
+        scores = Windows(model, view.flip(-1) if mirrored else view, window,
+                         protocol.steps(window))
+        for lo in range(rows.start, rows.stop, strip):
+            hi = min(lo + strip, rows.stop)
+            x = scores.resized_rows(lo, hi, (H, W))
+            x = x.flip(-1) if mirrored else x
+            if total is None:
+                ids.append(x.argmax(0))
+                continue
+            part = total[:, lo - rows.start:hi - rows.start]
+            if exp:  # the logarithm of the sum of exp: nothing overflows
+                torch.logaddexp(part, x, out=part)
+            else:
+                part += x.softmax(0)
+    ids = torch.cat(ids) if total is None else total.argmax(0)
+    return ids.byte()
+
+
+def predict_in_memory(model: nn.Module, images: Tensor, protocol: Protocol,
+                      cut: Counter) -> Tensor:
+    """predict; out of memory, again with half the window, and it is said."""
+    while True:
+        try:
+            return predict(model, images, protocol, cut)
+        except (RuntimeError, MemoryError) as error:
+            said = str(error).lower()
+            if not (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+                    or "allocate memory" in said or "out of memory" in said):
+                raise
+        H, W = images.shape[-2:]
+        largest = round(H * max(protocol.scales)), round(W * max(protocol.scales))
+        window = halved(protocol.window or largest)
+        protocol = replace(protocol, window=window, stride=None)
+        said = "{}x{} in windows of {}x{}".format(H, W, *window)
+        cut[f"out of memory: {said}"] += 1
+        print(f"out of memory: {said}", file=sys.stderr)
+
+
+# --- Scoring -------------------------------------------------------------------------
+
+
+def join_processes(device: str) -> str:
+    """Under torchrun: meet the other processes; the device that is this one's."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return device
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return device
+
+
+def rank_and_world() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def score_dataset(model: nn.Module, dataset, *, device, workers=0, amp="off",
+                  protocol=Protocol(), extras=(), cut=None) -> ConfusionMatrix:
+    """Confusion matrix of the model on a whole split; train.py uses this too.
+
+    Of several processes each scores the images rank, rank + world, ..: none twice, none
+    left out, and no word between them before the sums at the end. `extras` are told
+    every image, too; their `sums` are added up as the matrix is.
+    """
+    model.eval()
+    rank, world = rank_and_world()
+    matrix = ConfusionMatrix(len(dataset.info.classes))
+    cut = Counter() if cut is None else cut
+    loader = data.val_loader(dataset, workers=workers, start=rank, step=world)
+    with torch.inference_mode(), torch.autocast(
+            torch.device(device).type, torch.bfloat16, enabled=amp == "bf16"):
+        for step, (images, labels) in enumerate(loader):
+            inputs = network_input(model, images, labels).to(device)
+            guess = predict_in_memory(model, inputs, protocol, cut).cpu()
+            matrix.update(labels[0], guess)
+            for extra in extras:
+                extra.update(rank + step * world, labels[0], guess)
+            if rank == 0 and sys.stderr.isatty():
+                print(f"\r{step + 1}/{len(loader)} ", end="", file=sys.stderr)
+    if world > 1:
+        sums = [torch.cat([matrix.counts.flatten(), torch.tensor([matrix.images])])]
+        sums = [x.to(device) for x in sums + [extra.sums for extra in extras]]
+        for x in sums:
+            dist.all_reduce(x)
+        matrix.counts.copy_(sums[0][:-1].reshape(matrix.counts.shape))
+        matrix.images = int(sums[0][-1])
+        for extra, x in zip(extras, sums[1:]):
+            extra.sums.copy_(x)
+        cuts = [None] * world
+        dist.all_gather_object(cuts, cut)
+        cut.update(sum(cuts, Counter()) - cut)
+    if matrix.images != len(dataset):
+        raise RuntimeError(f"scored {matrix.images} of {len(dataset)} images")
+    return matrix
+
+
+class PerImage:
+    """mIoU of every image by itself, to find the worst and the best."""
+
+    def __init__(self, images: int, num_classes: int):
+        self.num_classes = num_classes
+        self.sums = torch.zeros(images, dtype=torch.float64)  # NaN: nothing to score
+
+    def update(self, index: int, labels: Tensor, guess: Tensor) -> None:
+        one = ConfusionMatrix(self.num_classes)
+        one.update(labels, guess)
+        self.sums[index] = one.iou().nanmean()
+
+    def order(self) -> list[int]:
+        """Indices of the images, worst first, those without valid pixels left out."""
+        order = self.sums.nan_to_num(math.inf).argsort(stable=True).tolist()
+        return order[:int((~self.sums.isnan()).sum())]
+
+
+def dilate(mask: Tensor, radius: int) -> Tensor:
+    """(H, W) bool: every pixel within `radius` rows and columns (a square) of mask."""
+    x = F.max_pool2d(mask[None].half(), (2 * radius + 1, 1), 1, (radius, 0))
+    return F.max_pool2d(x, (1, 2 * radius + 1), 1, (0, radius))[0] > 0
+
+
+def class_boundary(labels: Tensor) -> Tensor:
+    """(H, W) bool: both pixels of every 4-neighbour pair of two different classes."""
+    edge, valid = torch.zeros_like(labels, dtype=bool), labels != IGNORE_INDEX
+    for dim in (0, 1):
+        n = labels.shape[dim] - 1
+        a, b = (labels.narrow(dim, k, n) for k in (0, 1))
+        differ = (a != b) & valid.narrow(dim, 0, n) & valid.narrow(dim, 1, n)
+        for k in (0, 1):
+            edge.narrow(dim, k, n).logical_or_(differ)
+    return edge
+
+
+class Bands:
+    """mIoU of the pixels near boundaries, in bands of growing width.
+
+    trimap (DeepLabv3+ Sec. 4.4): within w pixels of "void", which in PASCAL VOC is a
+    strip along every object. Elsewhere void is the ego-vehicle and the like, so there
+    the bands are those within w pixels of a class boundary, and have another name.
+    "Within" is a square: the papers do not give the shape. Void is never scored.
+    """
+
+    def __init__(self, num_classes: int, *, trimap: bool, widths=WIDTHS):
+        self.trimap, self.widths = trimap, widths
+        self.name = "trimap mIoU" if trimap else "class-boundary mIoU"
+        self.near = "void" if trimap else "a class boundary"
+        # [0] counts images without any band, [i + 1] pixels that enter at widths[i]
+        self.sums = torch.zeros(len(widths) + 1, num_classes, num_classes,
+                                dtype=torch.int64)
+
+    def update(self, index: int, labels: Tensor, guess: Tensor) -> None:
+        seeds = labels == IGNORE_INDEX if self.trimap else class_boundary(labels)
+        if not seeds.any():
+            self.sums[0, 0, 0] += 1
+            return
+        K, done, reach = self.sums.shape[1], labels == IGNORE_INDEX, 0
+        for i, width in enumerate(self.widths):
+            seeds, reach = dilate(seeds, width - reach), width
+            new = seeds & ~done
+            done |= new
+            pairs = labels[new].long() * K + guess[new].long()
+            self.sums[i + 1] += torch.bincount(pairs, minlength=K * K).reshape(K, K)
+
+    def results(self) -> list[tuple[int, float, int]]:
+        """[(width, mIoU, pixels)]; a band is all that entered at its width or below."""
+        rows = []
+        for width, counts in zip(self.widths, self.sums[1:].cumsum(0)):
+            matrix = ConfusionMatrix(len(counts))
+            matrix.counts = counts
+            rows.append((width, matrix.iou().nanmean().item(), int(counts.sum())))
+        return rows
+
+
+def outline(mask: Tensor) -> Tensor:
+    """Boundary pixels of a binary mask as DAVIS has them: unlike the one to the right,
+    below, or diagonally below; (H, W) bool."""
+    padded = F.pad(mask[None].byte(), (0, 1, 0, 1), mode="replicate")[0].bool()
+    right, below, both = padded[:-1, 1:], padded[1:, :-1], padded[1:, 1:]
+    edge = (mask ^ right) | (mask ^ below) | (mask ^ both)
+    edge[-1, -1] = False
+    return edge
+
+
+def within(points: Tensor, radii: list[int]) -> Tensor:
+    """(H, W) uint8: which is the first of `radii` whose disk around a point of the mask
+    `points` covers the pixel; len(radii) if none does."""
+    (H, W), R = points.shape, max(radii)
+    y, x = points.nonzero(as_tuple=True)
+    first = torch.full((H + 2 * R, W + 2 * R), len(radii), dtype=torch.uint8)
+    dy, dx = torch.meshgrid(*2 * [torch.arange(-R, R + 1)], indexing="ij")
+    for i in reversed(range(len(radii))):
+        disk = dy**2 + dx**2 <= radii[i]**2
+        steps = (dy * (W + 2 * R) + dx)[disk]
+        for place in ((y + R) * (W + 2 * R) + x + R).split(8192):
+            first.view(-1)[(place[:, None] + steps).flatten()] = i
+    return first[R:R + H, R:R + W]
+
+
+class BoundaryF:
+    """SFNet's boundary metric: DAVIS' F-measure of outlines, per class and image.
+
+    Outline pixels count as found within a disk of 0.05 to 0.5 % of the image's diagonal
+    (2, 5, 9, 12 pixels at 1024x2048). Mean over images, then classes. Its code gives a
+    class that is in neither truth nor prediction F = 1; here such images do not count.
+    """
+
+    shares = (0.0005, 0.001875, 0.00375, 0.005)
+
+    def __init__(self, images: int, num_classes: int):
+        self.sums = torch.zeros(images, num_classes, len(self.shares),
+                                dtype=torch.float64)
+
+    def update(self, index: int, labels: Tensor, guess: Tensor) -> None:
+        radii = [math.ceil(share * math.hypot(*labels.shape)) for share in self.shares]
+        guess = torch.where(labels == IGNORE_INDEX, labels, guess)
+        for c in range(self.sums.shape[1]):
+            truth, found = labels == c, guess == c
+            self.sums[index, c] = math.nan
+            if truth.any() or found.any():
+                self.sums[index, c] = self.f_measure(outline(truth), outline(found),
+                                                     radii)
+
+    @staticmethod
+    def f_measure(truth: Tensor, found: Tensor, radii: list[int]) -> Tensor:
+        """2 P R / (P + R) at every radius; an outline on one side only gives 0."""
+        if not (truth.any() and found.any()):
+            return torch.full((len(radii),), float(not (truth.any() or found.any())))
+        i = torch.arange(len(radii))[:, None]
+        precision = (within(truth, radii)[found] <= i).double().mean(1)
+        recall = (within(found, radii)[truth] <= i).double().mean(1)
+        return 2 * precision * recall / (precision + recall).clamp(min=1e-12)
+
+    def results(self) -> list[tuple[float, float]]:
+        """[(share of the diagonal, mean F)]."""
+        return list(zip(self.shares, self.sums.nanmean(0).nanmean(0).tolist()))
 
 
 # --- Pictures ------------------------------------------------------------------------
 
 
-def colourise(labels: np.ndarray, palette) -> np.ndarray:
-    """Class ids (H, W) to RGB (H, W, 3); ignored pixels are black."""
-    table = np.zeros((256, 3), np.uint8)
-    table[:len(palette)] = palette
-    return table[labels]
-
-
-def legend(info, width: int) -> np.ndarray:
-    """A strip of colour squares with class names, as wide as the picture."""
-    font = ImageFont.load_default(size=13)
-    entries = list(zip(info.classes, info.palette)) + [("ignored", (0, 0, 0))]
-    column = 26 + max(int(font.getlength(name)) for name, _ in entries)
-    columns = max(1, width // column)
-    strip = Image.new("RGB", (width, 20 * -(-len(entries) // columns) + 4), "white")
-    pen = ImageDraw.Draw(strip)
-    for i, (name, colour) in enumerate(entries):
-        x, y = i % columns * column + 4, i // columns * 20 + 4
-        pen.rectangle((x, y, x + 13, y + 13), fill=tuple(colour), outline="grey")
-        pen.text((x + 18, y - 1), name, fill="black", font=font)
-    return np.array(strip)
-
-
-def sample_sheet(model, dataset, path: Path, *, device, count=4) -> None:
-    """`count` images of a split, each as image | truth | prediction | errors."""
+def sample_sheet(model, dataset, path: Path, *, device, indices=None,
+                 protocol=Protocol()) -> None:
+    """Some images of a split, each as image | truth | prediction | errors."""
     model.eval()
+    if indices is None:
+        indices = np.linspace(0, len(dataset) - 1, min(4, len(dataset)), dtype=int)
     rows = []
-    for index in np.linspace(0, len(dataset) - 1, min(count, len(dataset)), dtype=int):
+    for index in indices:
         image, truth = dataset.load(index)
         with torch.inference_mode():
             inputs = network_input(model, data.NORMALISE(image)[None], truth[None])
-            guess = predict(model, inputs.to(device)).cpu()
-        truth, guess = truth.numpy(), guess.numpy()
-        picture = image.permute(1, 2, 0).numpy()
-        wrong = (guess != truth) & (truth != IGNORE_INDEX)
-        errors = np.where(wrong[..., None], (220, 30, 30), picture // 3 + 150)
-        guess = np.where(truth == IGNORE_INDEX, IGNORE_INDEX, guess)
-        tiles = [picture, colourise(truth, dataset.info.palette),
-                 colourise(guess, dataset.info.palette), errors.astype(np.uint8)]
-        rim = ((2, 2), (2, 2), (0, 0))
-        tiles = [np.pad(tile, rim, constant_values=255) for tile in tiles]
-        rows.append(np.concatenate(tiles, axis=1))
+            guess = predict_in_memory(model, inputs.to(device), protocol, Counter())
+        every = -(-truth.shape[1] // 480)  # a large image: every second, third .. pixel
+        thin = lambda x: x[..., ::every, ::every].cpu().numpy()
+        rows.append(sample_row(thin(image).transpose(1, 2, 0), thin(truth), thin(guess),
+                               dataset.info.palette))
     width = max(r.shape[1] for r in rows)
     rows = [np.pad(r, ((0, 0), (0, width - r.shape[1]), (0, 0)), constant_values=255)
             for r in rows]
@@ -147,16 +572,71 @@ def sample_sheet(model, dataset, path: Path, *, device, count=4) -> None:
     for i, word in enumerate(("image", "truth", "prediction", "errors")):
         ImageDraw.Draw(titles).text((i * width // 4 + 4, 2), word, fill="black",
                                     font=ImageFont.load_default(size=13))
-    sheet = np.concatenate([np.array(titles), *rows, legend(dataset.info, width)])
-    Image.fromarray(sheet).save(path)
+    strip = data.legend(dataset.info, width)
+    Image.fromarray(np.concatenate([np.array(titles), *rows, strip])).save(path)
+
+
+def sample_row(picture, truth, guess, palette) -> np.ndarray:
+    wrong = (guess != truth) & (truth != IGNORE_INDEX)
+    errors = np.where(wrong[..., None], (220, 30, 30), picture // 3 + 150)
+    guess = np.where(truth == IGNORE_INDEX, IGNORE_INDEX, guess)
+    tiles = [picture, data.colourise(truth, palette), data.colourise(guess, palette),
+             errors.astype(np.uint8)]
+    return np.concatenate([np.pad(tile, ((2, 2), (2, 2), (0, 0)), constant_values=255)
+                           for tile in tiles], axis=1)
+
+
+def confusion_picture(matrix: ConfusionMatrix, classes, path: Path) -> None:
+    """Each row: where the pixels of one true class went, from 0 to 1."""
+    import matplotlib.pyplot as plt
+    counts, side = matrix.counts.double(), 2.5 + 0.22 * len(classes)
+    figure, axis = plt.subplots(figsize=(side, side), layout="constrained")
+    axis.imshow((counts / counts.sum(1, keepdim=True)).numpy(), cmap="Blues", vmin=0,
+                vmax=1)
+    axis.set_xticks(range(len(classes)), classes, rotation=90, fontsize=8)
+    axis.set_yticks(range(len(classes)), classes, fontsize=8)
+    axis.set(xlabel="prediction", ylabel="truth")
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def bands_picture(bands: Bands, miou: float, path: Path) -> None:
+    """mIoU over the width of the band, as DeepLabv3+ Fig. 5."""
+    import matplotlib.pyplot as plt
+    figure, axis = plt.subplots(figsize=(5, 3.5), layout="constrained")
+    widths, mious, _ = zip(*bands.results())
+    axis.plot(widths, mious, "o-", label=bands.name)
+    axis.axhline(miou, color="grey", linestyle="--", label="mIoU of all pixels")
+    axis.set(xlabel=f"within so many pixels of {bands.near}", ylabel="mIoU")
+    axis.legend()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
 
 
 # --- score ---------------------------------------------------------------------------
 
 
-def command_score(args) -> None:
-    """mIoU, pixel accuracy and the per-class table of a checkpoint."""
-    checkpoint = load_checkpoint(args.checkpoint)
+def protocol_of(args, *, device: str) -> Protocol:
+    """The protocol that the command line asks for."""
+    if min(args.scales) <= 0 or len(set(args.scales)) < len(args.scales):
+        raise UserError(f"--scales {args.scales}: positive and different ones, please")
+    if args.stride and (not args.window or max(
+            s - n for s, n in zip(args.stride, args.window)) > 0):
+        raise UserError("--stride is the step from window to window, at most their "
+                        "size; give --window H W, too")
+    for name in ("window", "stride"):
+        if getattr(args, name) and min(getattr(args, name)) < 1:
+            raise UserError(f"--{name}: pixels, from 1 on")
+    at_once = args.pass_pixels
+    if at_once is None:
+        at_once = CPU_PIXELS if device == "cpu" else 0
+    pair = lambda x: tuple(x) if x else None
+    return Protocol(tuple(args.scales), args.flip, args.fuse, pair(args.window),
+                    pair(args.stride), args.max_pixels, at_once)
+
+
+def open_scored(args, checkpoint: dict):
+    """The data set to score on, whose classes must be the checkpoint's."""
     dataset = data.open_dataset(
         args.dataset or checkpoint["dataset"], args.split,
         root=args.data_root or checkpoint["data_root"],
@@ -166,18 +646,125 @@ def command_score(args) -> None:
             f"{args.checkpoint} knows the {len(checkpoint['classes'])} classes of "
             f"{checkpoint['dataset']}, but {dataset.info.name} has other "
             f"{len(dataset.info.classes)}; score it on its own data set")
-    matrix = score_dataset(restore(checkpoint, args.device), dataset, amp=args.amp,
-                           device=args.device, workers=args.workers)
-    print(f"{checkpoint['method']} on {dataset.info.name} {args.split}, "
-          f"iteration {checkpoint['iteration']}")
-    truth, guess = matrix.counts.sum(1), matrix.counts.sum(0)
-    print(f"{'class':<16}{'IoU':>8}{'truth px':>12}{'predicted':>12}")
-    for name, iou, t, g in zip(dataset.info.classes, matrix.iou().tolist(), truth,
-                               guess):
-        shown = "-" if iou != iou else f"{iou:.4f}"  # NaN: the class never occurs
-        print(f"{name:<16}{shown:>8}{t:>12}{g:>12}")
-    print(matrix.summary(protocol="whole image, single scale",
-                         expected_images=len(dataset)))
+    return dataset
+
+
+def command_score(args) -> None:
+    """mIoU, accuracies, per-class table and pictures of a checkpoint."""
+    device, started = join_processes(args.device), time.time()
+    checkpoint = load_checkpoint(args.checkpoint)
+    protocol = protocol_of(args, device=device)
+    if checkpoint["backbone"] == "labels":
+        if protocol.window or protocol.flip or protocol.scales != (1.0,):
+            raise UserError("this run reads the ground truth: whole, single scale only")
+        protocol = replace(protocol, pass_pixels=0)
+    dataset = open_scored(args, checkpoint)
+    if not dataset.has_labels:
+        dataset.labels(0)  # says why, and what to do instead
+    model, K = restore(checkpoint, device), len(dataset.info.classes)
+    cut, extras = Counter(), {"per_image": PerImage(len(dataset), K)}
+    if args.bands:
+        trimap = dataset.info.name.startswith("voc")
+        extras["bands"] = Bands(K, trimap=trimap)
+    if args.boundary_f:
+        extras["boundary_f"] = BoundaryF(len(dataset), K)
+    matrix = score_dataset(model, dataset, device=device, workers=args.workers,
+                           amp=args.amp, protocol=protocol, extras=extras.values(),
+                           cut=cut)
+    if rank_and_world()[0] > 0:
+        return
+    report = make_report(args, checkpoint, dataset, matrix, protocol, extras, cut)
+    report["seconds"] = round(time.time() - started, 1)
+    folder = Path(args.out or checkpoint_file(args.checkpoint).parent
+                  / f"score-{dataset.info.name}-{args.split}")
+    folder.mkdir(parents=True, exist_ok=True)
+    text = report_text(report, matrix)
+    print(text)
+    (folder / "score.txt").write_text(text + "\n")
+    (folder / "score.json").write_text(json.dumps(report, indent=1) + "\n")
+    confusion_picture(matrix, dataset.info.classes, folder / "confusion.png")
+    if args.bands:
+        bands_picture(extras["bands"], report["miou"], folder / "bands.png")
+    order = extras["per_image"].order()
+    for name, indices in (("worst", order[:4]), ("best", order[:-5:-1])):
+        sample_sheet(model, dataset, folder / f"{name}.png", device=device,
+                     indices=indices, protocol=protocol)
+    print(f"{folder}: score.json, score.txt, confusion.png, worst.png, best.png"
+          f"{', bands.png' if args.bands else ''}")
+
+
+def make_report(args, checkpoint, dataset, matrix, protocol, extras, cut) -> dict:
+    """All that is known of this score, for score.json; NaN becomes null."""
+    number = lambda x: None if x != x else x
+    file = checkpoint_file(args.checkpoint)
+    absent = 0.0 if args.convention == "encoding" else math.nan
+    order = extras["per_image"].order()
+    place = lambda i: {"image": dataset.name(i),
+                       "miou": extras["per_image"].sums[i].item()}
+    columns = zip(dataset.info.classes, matrix.iou().tolist(),
+                  matrix.accuracy().tolist(), matrix.counts.sum(1).tolist(),
+                  matrix.counts.sum(0).tolist())
+    report = {
+        "checkpoint": file.name, "method": checkpoint["method"],
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "options": checkpoint["options"], "iteration": checkpoint["iteration"],
+        "dataset": dataset.info.name, "split": args.split, "images": matrix.images,
+        "protocol": str(protocol) + (f", {sum(cut.values())} passes in smaller windows"
+                                     if cut else ""),
+        "settings": asdict(protocol) | {"amp": args.amp},
+        "cut_for_memory": dict(cut), "convention": args.convention,
+        # Two data sets with two numbers, which no formula turns into one another.
+        "metric": {"context59": "mIoU59", "context60": "mIoU60"}.get(
+            dataset.info.name, "mIoU"),
+        "miou": matrix.miou(absent=absent),
+        "mean_accuracy": matrix.mean_accuracy(),
+        "pixel_accuracy": matrix.pixel_accuracy(),
+        "classes": {name: {"iou": number(iou), "accuracy": number(accuracy),
+                           "truth_pixels": truth, "predicted_pixels": guess}
+                    for name, iou, accuracy, truth, guess in columns},
+        "worst": [place(i) for i in order[:4]],
+        "best": [place(i) for i in order[:-5:-1]]}
+    if "bands" in extras:
+        bands = extras["bands"]
+        report["bands"] = {
+            "name": bands.name, "near": bands.near, "without": int(bands.sums[0, 0, 0]),
+            "rows": [[w, number(miou), n] for w, miou, n in bands.results()]}
+    if "boundary_f" in extras:
+        report["boundary_f"] = extras["boundary_f"].results()
+    return report
+
+
+def report_text(report: dict, matrix: ConfusionMatrix) -> str:
+    """The report for reading."""
+    shown = lambda x, width=8: f"{'-':>{width}}" if x is None else f"{x:>{width}.4f}"
+    lines = [f"{report['method']} on {report['dataset']} {report['split']}, iteration "
+             f"{report['iteration']}, {report['checkpoint']} {report['sha256'][:12]}",
+             f"{'class':<20}{'IoU':>8}{'accuracy':>10}{'truth px':>13}{'found px':>13}"]
+    lines += [f"{name:<20}{shown(c['iou'])}{shown(c['accuracy'], 10)}"
+              f"{c['truth_pixels']:>13}{c['predicted_pixels']:>13}"
+              for name, c in report["classes"].items()]
+    absent = [name for name, c in report["classes"].items() if c["iou"] is None]
+    if absent:
+        how = "counted as 0" if report["convention"] == "encoding" else "not averaged"
+        lines.append(f"in neither truth nor prediction, {how}: {', '.join(absent)}")
+    if "bands" in report:
+        bands = report["bands"]
+        lines.append(f"{bands['name']} within w pixels of {bands['near']} "
+                     f"({bands['without']} images have none):")
+        lines += [f"  w = {w:<3} {shown(miou)}  {n} pixels"
+                  for w, miou, n in bands["rows"]]
+    if "boundary_f" in report:
+        lines.append("boundary F-score (SFNet's), by radius as share of the diagonal: "
+                     + "  ".join(f"{share:.3%} {f:.4f}"
+                                 for share, f in report["boundary_f"]))
+    lines += [f"for lack of memory: {how} ({n} times)"
+              for how, n in report["cut_for_memory"].items()]
+    if report["cut_for_memory"]:
+        lines[-1] += "; --pass-pixels 0 is without limit"
+    lines.append(matrix.summary(
+        protocol=report["protocol"], expected_images=report["images"],
+        name=report["metric"], miou=report["miou"]))
+    return "\n".join(lines)
 
 
 # --- predict -------------------------------------------------------------------------
@@ -190,6 +777,18 @@ def command_predict(args) -> None:
     """
     checkpoint = load_checkpoint(args.checkpoint)
     model = restore(checkpoint, args.device, reads_images=True)
+    protocol = protocol_of(args, device=args.device)
+    normalise = data.normaliser(checkpoint["mean"], checkpoint["std"])
+
+    @torch.inference_mode()
+    def label(image: Tensor) -> np.ndarray:
+        inputs = normalise(image)[None].to(args.device)
+        return predict_in_memory(model, inputs, protocol, Counter()).cpu().numpy()
+
+    if args.submission:
+        return write_submission(args, checkpoint, label)
+    if not args.images:
+        raise UserError("predict: name the pictures, or ask for --submission")
     info = data.Info(checkpoint["dataset"], tuple(checkpoint["classes"]),
                      tuple(map(tuple, checkpoint["palette"])))
     out = Path(args.out)
@@ -198,22 +797,95 @@ def command_predict(args) -> None:
         raise UserError("two images have the same name; predict them into two folders")
     images = [data.read_image(Path(p)) for p in args.images]  # all of them, or none
     out.mkdir(parents=True, exist_ok=True)
-    normalise = data.normaliser(checkpoint["mean"], checkpoint["std"])
     for stem, image in zip(stems, images):
-        with torch.inference_mode():
-            ids = predict(model, normalise(image)[None].to(args.device))
-        ids, picture = ids.byte().cpu().numpy(), image.permute(1, 2, 0).numpy()
-        colours = colourise(ids, info.palette)
+        ids, picture = label(image), image.permute(1, 2, 0).numpy()
+        colours = data.colourise(ids, info.palette)
         overlay = (0.5 * picture + 0.5 * colours).astype(np.uint8)
         Image.fromarray(ids).save(out / f"{stem}_ids.png")
         Image.fromarray(colours).save(out / f"{stem}_colour.png")
         width = max(overlay.shape[1], 200)  # a legend needs some room
         overlay = np.pad(overlay, ((0, 0), (0, width - overlay.shape[1]), (0, 0)),
                          constant_values=255)
-        Image.fromarray(np.concatenate([overlay, legend(info, width)])
+        Image.fromarray(np.concatenate([overlay, data.legend(info, width)])
                         ).save(out / f"{stem}_overlay.png")
         print(f"{stem}: {', '.join(info.classes[i] for i in np.unique(ids))} -> "
               f"{out}/{stem}_{{ids,colour,overlay}}.png")
+
+
+# What the servers want: folder inside the archive, and the command that packs it.
+SERVERS = {
+    "cityscapes": ("", "cd {out} && zip -q ../cityscapes.zip *.png"),
+    "ade20k": ("", "cd {out} && zip -q ../ade20k.zip *.png"),
+    "voc": ("results/VOC2012/Segmentation/comp6_test_cls",
+            "tar -czf {out}.tgz -C {out} results"),
+}
+
+
+def write_submission(args, checkpoint: dict, label) -> None:
+    """PNGs with the data set's own ids under the images' names, then read again.
+
+    Cityscapes: ids 7..33, 8 bit grey; ADE20K: 1..150; VOC: palette PNG, 0..20.
+    """
+    name = checkpoint["dataset"].removesuffix("-aug")
+    if name not in SERVERS:
+        raise UserError(f"{name} has no test server; there is one for "
+                        f"{', '.join(SERVERS)}")
+    dataset = data.open_dataset(checkpoint["dataset"], args.split, difficulty=0.5,
+                                root=args.data_root or checkpoint["data_root"])
+    folder, pack = SERVERS[name]
+    out = Path(args.out) / folder
+    out.mkdir(parents=True, exist_ok=True)
+    if any(out.iterdir()):
+        raise UserError(f"{out} is not empty; the archive must hold nothing else")
+    raw = data.raw_values(name, len(checkpoint["classes"]))
+    written = {}
+    for index in range(len(dataset)):
+        image = dataset.image(index)
+        picture = Image.fromarray(raw[label(image)])
+        if name == "voc":
+            picture.putpalette(np.array(data.VOC_PALETTE, np.uint8).tobytes())
+        path = out / f"{Path(dataset.name(index)).stem}.png"
+        picture.save(path)
+        written[path] = tuple(image.shape[1:])
+        if sys.stderr.isatty():
+            print(f"\r{index + 1}/{len(dataset)} ", end="", file=sys.stderr)
+    for path, size in written.items():
+        ids = data.read_mask(path)
+        if ids.shape != size or not np.isin(ids, raw).all():
+            raise RuntimeError(f"{path} was not written well: {ids.shape}, expected "
+                               f"{size} and values of {raw}")
+    files = len(list(out.iterdir()))
+    if files != len(dataset):
+        raise RuntimeError(f"{files} files for {len(dataset)} images")
+    print(f"{len(written)} files, read again: sizes and values are right. Pack them:")
+    print(pack.format(out=args.out))
+
+
+# --- memory --------------------------------------------------------------------------
+
+
+def command_memory(args) -> None:
+    """Peak memory and time of one image through methods with random weights."""
+    if len(args.methods) > 1:  # a process of its own for each: its peak is its life's
+        for name in args.methods:
+            keep = [w for w in args.argv if w == name or w not in args.methods]
+            subprocess.run([sys.executable, __file__, *keep], check=True)
+        return
+    (name,), (H, W), started = args.methods, args.size, time.time()
+    model = build_model(name, args.classes, backbone=args.backbone).eval()
+    model = model.to(args.device, memory_format=torch.channels_last)
+    protocol, cut = protocol_of(args, device=args.device), Counter()
+    with torch.inference_mode():
+        predict(model, torch.randn(1, 3, H, W, device=args.device), protocol, cut)
+    if args.device == "cpu":
+        import resource
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+            1 if sys.platform == "darwin" else 1024)
+    else:
+        peak = torch.cuda.max_memory_allocated()
+    print(f"{name} {args.backbone} {H}x{W} {args.classes} classes, {protocol}: "
+          f"peak {peak / 1e9:.2f} GB, {time.time() - started:.1f} s"
+          + "".join(f"; {how}" for how in cut))
 
 
 # --- explain -------------------------------------------------------------------------
@@ -404,7 +1076,8 @@ def run_row(folder: Path) -> dict:
             "backbone": checkpoint["backbone"],
             # Runs that differ in any of these are not averaged.
             "key": json.dumps([checkpoint[k] for k in (
-                "method", "options", "dataset", "difficulty", "recipe", "iteration")]),
+                "method", "options", "dataset", "difficulty", "recipe", "iteration")]
+                + [checkpoint.get("train_split", "train")]),
             "set": " ".join(f"{k}={v}" for k, v in checkpoint["options"].items()
                             if k != "channels"),
             "iterations": checkpoint["iteration"],
@@ -445,30 +1118,71 @@ def command_table(args) -> None:
 # --- Command line --------------------------------------------------------------------
 
 
-def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    commands = parser.add_subparsers(required=True,
-                                     metavar="score|predict|explain|cost|table")
-    common = argparse.ArgumentParser(add_help=False)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    common.add_argument("--device", default=device, help=f"default {device}")
+def protocol_options() -> argparse.ArgumentParser:
+    """How an image becomes class ids, for score, predict and memory."""
+    how = argparse.ArgumentParser(add_help=False)
+    group = how.add_argument_group("protocol")
+    group.add_argument("--scales", nargs="+", type=float, default=[1.0],
+                       help="of the image (default 1)")
+    group.add_argument("--flip", action="store_true", help="mirrored images, too")
+    group.add_argument("--fuse", choices=("mean", "exp"), default="mean",
+                       help="mean softmax of the passes, or sum of exp(logits)")
+    group.add_argument("--window", nargs=2, type=int, metavar=("H", "W"),
+                       help="sliding windows of this size (default: whole image)")
+    group.add_argument("--stride", nargs=2, type=int, metavar=("H", "W"),
+                       help="from window to window (default: two thirds of it)")
+    group.add_argument("--max-pixels", type=int, default=0, metavar="N",
+                       help="leave out scales at which the image has more")
+    group.add_argument("--pass-pixels", type=int, metavar="N",
+                       help="larger images go through in windows; 0: whole ones "
+                            f"(default {CPU_PIXELS} on a CPU, 0 on a GPU)")
+    return how
 
-    score = commands.add_parser("score", parents=[common], help=command_score.__doc__)
+
+def score_options(score: argparse.ArgumentParser) -> None:
     score.add_argument("checkpoint", help="a run folder (its best.pt) or a .pt file")
     score.add_argument("--dataset", help="default: the one it was trained on")
     score.add_argument("--data-root", metavar="DIR", help="default: as in training")
     score.add_argument("--split", default="val", help="default val")
     score.add_argument("--workers", type=int, default=2, help="loader processes (2)")
     score.add_argument("--amp", choices=("off", "bf16"), default="off")
+    score.add_argument("--bands", action="store_true",
+                       help="mIoU near void (VOC) or near class boundaries")
+    score.add_argument("--boundary-f", action="store_true", help="SFNet's F-score")
+    score.add_argument("--convention", choices=("ours", "encoding"), default="ours",
+                       help="encoding: absent classes count as 0, as EfficientFCN's")
+    score.add_argument("--out", metavar="DIR",
+                       help="for score.json and pictures (default: in the run folder)")
     score.set_defaults(command=command_score)
 
-    shown = commands.add_parser("predict", parents=[common],
-                                help="label your own pictures")
+
+def predict_options(shown: argparse.ArgumentParser) -> None:
     shown.add_argument("checkpoint")
-    shown.add_argument("images", nargs="+")
+    shown.add_argument("images", nargs="*")
     shown.add_argument("--out", required=True, metavar="DIR")
+    shown.add_argument("--submission", action="store_true",
+                       help="files for the test server of the checkpoint's data set")
+    shown.add_argument("--split", default="test", help="of a submission (test)")
+    shown.add_argument("--data-root", metavar="DIR", help="of a submission")
     shown.set_defaults(command=command_predict)
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    commands = parser.add_subparsers(required=True,
+                                     metavar="score|predict|explain|cost|memory|table")
+    common = argparse.ArgumentParser(add_help=False)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    common.add_argument("--device", default=device, help=f"default {device}")
+
+    how = protocol_options()
+    score_options(commands.add_parser("score", parents=[common, how],
+                                      help=command_score.__doc__))
+
+    predict_options(commands.add_parser(
+        "predict", parents=[common, how],
+        help="label your own pictures, or a test split"))
 
     explain = commands.add_parser("explain", help=command_explain.__doc__)
     explain.add_argument("checkpoint")
@@ -484,6 +1198,15 @@ def parse(argv=None):
     cost.add_argument("--json", action="store_true", help="for machines, every part")
     cost.set_defaults(command=command_cost)
 
+    memory = commands.add_parser("memory", parents=[common, how],
+                                 help=command_memory.__doc__)
+    memory.add_argument("methods", nargs="+")
+    memory.add_argument("--size", nargs=2, type=int, default=[1024, 2048],
+                        metavar=("H", "W"), help="of the image (default 1024 2048)")
+    memory.add_argument("--classes", type=int, default=19, help="(19)")
+    memory.add_argument("--backbone", default="resnet50", help="(resnet50)")
+    memory.set_defaults(command=command_memory)
+
     table = commands.add_parser("table", help="one line per configuration of some runs")
     table.add_argument("runs", nargs="+")
     table.add_argument("--csv", metavar="FILE", help="also write it there")
@@ -493,6 +1216,7 @@ def parse(argv=None):
 
 def main(argv=None) -> int:
     args = parse(argv)
+    args.argv = list(sys.argv[1:] if argv is None else argv)
     with show_errors(args.debug):
         args.command(args)
     return 0

@@ -55,14 +55,6 @@ def test_score_counts_by_hand(trained):
     assert np.array_equal(matrix.counts.numpy(), counts)
 
 
-@pytest.mark.parametrize("H, W", [(40, 70), (20, 20), (5, 90)])
-def test_predictions_stay_at_their_pixels(H, W):
-    """Also where a small image was padded for the encoder: the far border is cut."""
-    scores = torch.randn(1, 3, H, W)
-    ids = evaluate.predict(lambda images: {"out": images}, scores)
-    assert torch.equal(ids, scores[0].argmax(0)), "predictions slid against the image"
-
-
 def test_predict_takes_any_picture(trained, tmp_path):
     """RGBA, grey, EXIF-rotated, odd and tiny ones; ids, colours, overlay come out."""
     rng = np.random.default_rng(0)
