@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import common
+import data
 import evaluate
 import train
 from conftest import ROOT
@@ -144,6 +145,8 @@ def test_readme_commands_are_understood(command):
         common.parse_options(args.method, args.set)
     elif words[0] == "evaluate.py":
         evaluate.parse(words[1:])
+    elif words[0] == "data.py":
+        data.parse(words[1:])
     else:
         assert words[0] in ("-m", *(f"{m}.py" for m in MODULES)), command
 
