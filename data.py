@@ -1060,19 +1060,23 @@ def print_table(info: Info, counts: dict[str, Tensor]) -> None:
 
 
 def contact_sheet(samples: list, info: Info) -> Image.Image:
-    """(dataset, index) pairs as image beside coloured labels, two a row; the legend."""
-    strip, rows = Image.fromarray(legend(info, 1296)), -(-len(samples) // 2)
-    sheet = Image.new("RGB", (1296, 164 * rows + strip.height), "white")
-    sheet.paste(strip, (0, 164 * rows))
-    for i, (dataset, index) in enumerate(samples):
+    """(dataset, index) pairs as image beside coloured labels; the legend below."""
+    tiles = []
+    for dataset, index in samples:
         layers = [dataset.image(index).permute(1, 2, 0).numpy()]
         if dataset.has_labels:
             layers.append(colourise(dataset.labels(index).numpy(), info.palette))
-        x = i % 2 * 648
-        for layer, method in zip(layers, (Image.BILINEAR, Image.NEAREST)):
-            small = ImageOps.contain(Image.fromarray(layer), (320, 160), method)
-            sheet.paste(small, (x, i // 2 * 164))
-            x += small.width + 2
+        small = [np.array(ImageOps.contain(Image.fromarray(layer), (320, 160), method))
+                 for layer, method in zip(layers, (Image.BILINEAR, Image.NEAREST))]
+        tiles.append(Image.fromarray(np.concatenate(small, axis=1)))
+    step = max(tile.width for tile in tiles) + 8
+    columns = max(1, 1310 // step)
+    rows = -(-len(tiles) // columns)
+    strip = Image.fromarray(legend(info, columns * step))
+    sheet = Image.new("RGB", (strip.width, 168 * rows + strip.height), "white")
+    for i, tile in enumerate(tiles):
+        sheet.paste(tile, (i % columns * step, i // columns * 168))
+    sheet.paste(strip, (0, 168 * rows))
     return sheet
 
 
@@ -1095,7 +1099,7 @@ def check(args) -> None:
         print_table(info, counts)
     if good:
         out = args.out or f"{args.dataset}-check.png"
-        picked = np.linspace(0, len(good) - 1, min(8, len(good)), dtype=int)
+        picked = np.linspace(0, len(good) - 1, min(9, len(good)), dtype=int)
         try:
             contact_sheet([good[i] for i in picked], info).save(out)
             print(f"see {out}")

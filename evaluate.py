@@ -671,7 +671,10 @@ def command_score(args) -> None:
     matrix = score_dataset(model, dataset, device=device, workers=args.workers,
                            amp=args.amp, protocol=protocol, extras=extras.values(),
                            cut=cut)
-    if rank_and_world()[0] > 0:
+    rank, world = rank_and_world()
+    if world > 1:
+        dist.destroy_process_group()
+    if rank > 0:
         return
     report = make_report(args, checkpoint, dataset, matrix, protocol, extras, cut)
     report["seconds"] = round(time.time() - started, 1)

@@ -296,7 +296,7 @@ def test_every_data_set_is_read_by_the_command(tmp_path, name, check):
     for label in info.classes:
         assert any(line.startswith(f"{label} ") for line in lines), label
     sheet = Image.open(tmp_path / "sheet.png")
-    assert sheet.width == 1296 and 328 < sheet.height < 800 and sheet.mode == "RGB"
+    assert sheet.width == 976 and 328 < sheet.height < 800 and sheet.mode == "RGB"
 
 
 @pytest.mark.parametrize("name", ["cityscapes", "voc", "ade20k", "camvid"])
@@ -313,7 +313,7 @@ def test_the_command_as_a_user_types_it(tmp_path, monkeypatch):
                "--workers", 2, cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.endswith("ok\n"), done.stderr
     assert "1/2" not in done.stdout, "a progress line in a file is one endless line"
-    assert Image.open(tmp_path / "camvid-check.png").width == 1296
+    assert Image.open(tmp_path / "camvid-check.png").width == 2 * (2 * 240 + 8)
     bad = [save(root / f"{split}annot" / "0001.png", np.full((64, 96), 77, np.uint8))
            for split in ("train", "val")]
     done = run(data.__file__, "--dataset", "camvid", "--data-root", root,
@@ -348,9 +348,9 @@ def test_the_contact_sheet_shows_labels_in_their_colours(tmp_path, check):
     sheet = np.array(Image.open(tmp_path / "sheet.png"))
     labels = data.open_dataset("camvid", "train", root=str(root)).labels(0).numpy()
     palette = np.array([*data.CAMVID_PALETTE, *[(0, 0, 0)] * 245])
-    shown = sheet[10:160:20, 172:322:20]  # the middles of the 8x8 blocks, enlarged
+    shown = sheet[10:160:20, 170:320:20]  # the middles of the 8x8 blocks, enlarged
     assert np.array_equal(shown, palette[labels[4::8, 4::8]])
-    colours = {tuple(c) for c in sheet[:160, 162:322].reshape(-1, 3)}
+    colours = {tuple(c) for c in sheet[:160, 160:320].reshape(-1, 3)}
     assert colours <= {tuple(c) for c in palette}, "colours were blended"
 
 
