@@ -760,10 +760,7 @@ def report_text(report: dict, matrix: ConfusionMatrix) -> str:
         lines.append("boundary F-score (SFNet's), by radius as share of the diagonal: "
                      + "  ".join(f"{share:.3%} {f:.4f}"
                                  for share, f in report["boundary_f"]))
-    lines += [f"for lack of memory: {how} ({n} times)"
-              for how, n in report["cut_for_memory"].items()]
-    if report["cut_for_memory"]:
-        lines[-1] += "; --pass-pixels 0 is without limit"
+    lines += cut_lines(report["cut_for_memory"])
     lines.append(matrix.summary(
         protocol=report["protocol"], expected_images=report["images"],
         name=report["metric"], miou=report["miou"]))
@@ -780,16 +777,27 @@ def command_predict(args) -> None:
     """
     checkpoint = load_checkpoint(args.checkpoint)
     model = restore(checkpoint, args.device, reads_images=True)
-    protocol = protocol_of(args, device=args.device)
+    protocol, cut = protocol_of(args, device=args.device), Counter()
     normalise = data.normaliser(checkpoint["mean"], checkpoint["std"])
 
     @torch.inference_mode()
     def label(image: Tensor) -> np.ndarray:
         inputs = normalise(image)[None].to(args.device)
-        return predict_in_memory(model, inputs, protocol, Counter()).cpu().numpy()
+        return predict_in_memory(model, inputs, protocol, cut).cpu().numpy()
 
-    if args.submission:
-        return write_submission(args, checkpoint, label)
+    write = write_submission if args.submission else write_pictures
+    write(args, checkpoint, label)
+    print("\n".join(cut_lines(cut)), end="\n" * bool(cut))
+
+
+def cut_lines(cut: Counter) -> list[str]:
+    """What went through the network in smaller windows than the protocol says."""
+    return [f"for lack of memory: {how} ({n} times); --pass-pixels 0 is without limit"
+            for how, n in cut.items()]
+
+
+def write_pictures(args, checkpoint: dict, label) -> None:
+    """Three pictures for each of args.images."""
     if not args.images:
         raise UserError("predict: name the pictures, or ask for --submission")
     info = data.Info(checkpoint["dataset"], tuple(checkpoint["classes"]),

@@ -241,14 +241,19 @@ def test_large_images_are_scored_in_under_two_gigabytes(classes, size):
 # --- Which pixels are counted --------------------------------------------------------
 
 
-def test_absent_classes_follow_the_convention(monkeypatch):
+def test_absent_classes_follow_the_convention(monkeypatch, seven, tmp_path, capsys):
     """IoU 0.9, 0.8 and none: mean 0.85, and 0.5667 where absent counts as zero."""
     monkeypatch.setattr(ConfusionMatrix, "iou",
                         lambda self: torch.tensor([0.9, 0.8, math.nan]).double())
-    matrix = ConfusionMatrix(3)
-    matrix.counts += 1
-    assert matrix.miou() == pytest.approx(0.85)
-    assert matrix.miou(absent=0.0) == pytest.approx(0.5667, abs=1e-4)
+    for convention, miou, how in (("ours", 0.85, "not averaged"),
+                                  ("encoding", 0.5667, "counted as 0")):
+        call("score", seven, "--workers", 0, "--convention", convention, "--out",
+             tmp_path)
+        report = json.loads((tmp_path / "score.json").read_text())
+        assert report["miou"] == pytest.approx(miou, abs=1e-4)
+        assert report["classes"]["class2"]["iou"] is None
+        said = capsys.readouterr().out
+        assert f"{how}: class2" in said and f"mIoU {report['miou']:.4f}" in said
 
 
 def blobs(size=(40, 60), classes=4):
@@ -488,6 +493,15 @@ def test_a_badly_written_submission_is_noticed(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="was not written well"):
         call("predict", folder, "--submission", "--split", "val", "--out",
              tmp_path / "s")
+
+
+def test_a_large_picture_is_said_to_be_predicted_in_windows(seven, tmp_path, capsys):
+    """Windows see less of a picture than the whole network would: not in silence."""
+    picture = save(tmp_path / "p.png", np.zeros((96, 200, 3), np.uint8))
+    call("predict", seven, picture, "--out", tmp_path / "o", "--pass-pixels", 10_000)
+    assert "96x200 in windows of 96x64 (1 times)" in capsys.readouterr().out
+    call("predict", seven, picture, "--out", tmp_path / "o")
+    assert "windows" not in capsys.readouterr().out
 
 
 def test_there_is_no_server_for_camvid(tmp_path, capsys):
