@@ -363,6 +363,16 @@ def test_report_holds_the_number_and_all_that_it_depends_on(seven, tmp_path, cap
         assert Image.open(out / f"{name}.png").size[0] > 200, name
 
 
+def test_a_number_from_smaller_windows_does_not_call_itself_whole(seven, tmp_path,
+                                                                  capsys):
+    call("score", seven, "--workers", 0, "--pass-pixels", 5000, "--out", tmp_path)
+    said = capsys.readouterr().out
+    report = json.loads((tmp_path / "score.json").read_text())
+    assert report["cut_for_memory"] == {"64x96 in windows of 64x64": 5}
+    assert "whole image, single scale, 5 passes in smaller windows" in said
+    assert "for lack of memory: 64x96 in windows of 64x64 (5 times)" in said
+
+
 def test_worst_and_best_images_are_those(seven):
     """Each image scored by itself, with another function of the library."""
     checkpoint = evaluate.load_checkpoint(seven)
