@@ -373,6 +373,19 @@ def test_a_number_from_smaller_windows_does_not_call_itself_whole(seven, tmp_pat
     assert "for lack of memory: 64x96 in windows of 64x64 (5 times)" in said
 
 
+@pytest.mark.parametrize("name, said", [
+    ("context59", "mIoU59 0."), ("context60", "mIoU60 0."),
+    ("voc", "trimap mIoU within w pixels of void (0 images have none)"),
+    ("voc-aug", "trimap mIoU within w pixels of void (0 images have none)")])
+def test_numbers_carry_the_name_of_what_they_are(tmp_path, capsys, name, said):
+    """59 and 60 classes are two metrics; a trimap is around void, and on VOC only."""
+    root = draw_tree(tmp_path / "d", name)
+    info = data.open_dataset(name, "val", root=str(root)).info
+    call("score", saved(tmp_path / "run", info, root=root), "--workers", 0, "--bands")
+    assert said in capsys.readouterr().out
+    assert (tmp_path / "run" / f"score-{name}-val" / "score.json").is_file()
+
+
 def test_worst_and_best_images_are_those(seven):
     """Each image scored by itself, with another function of the library."""
     checkpoint = evaluate.load_checkpoint(seven)
