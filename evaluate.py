@@ -98,6 +98,12 @@ def restore(checkpoint: dict, device="cpu", *, reads_images=False) -> nn.Module:
     return model.to(device, memory_format=torch.channels_last).eval()
 
 
+def forget_tensors(checkpoint: dict) -> None:
+    """Weights that the model has by now, and momentum: twice the model's memory."""
+    for name in ("model", "optimizer"):
+        checkpoint.pop(name, None)
+
+
 # --- Prediction: one image by a protocol ---------------------------------------------
 
 STRIP = 2**20  # floats in a strip of rows; nothing of [K, H, W] is larger, but
@@ -662,6 +668,7 @@ def command_score(args) -> None:
     if not dataset.has_labels:
         dataset.labels(0)  # says why, and what to do instead
     model, K = restore(checkpoint, device), len(dataset.info.classes)
+    forget_tensors(checkpoint)
     cut, extras = Counter(), {"per_image": PerImage(len(dataset), K)}
     if args.bands:
         trimap = dataset.info.name.startswith("voc")
@@ -777,6 +784,7 @@ def command_predict(args) -> None:
     """
     checkpoint = load_checkpoint(args.checkpoint)
     model = restore(checkpoint, args.device, reads_images=True)
+    forget_tensors(checkpoint)
     protocol, cut = protocol_of(args, device=args.device), Counter()
     normalise = data.normaliser(checkpoint["mean"], checkpoint["std"])
 
