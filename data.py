@@ -54,7 +54,7 @@ class Info:
 
     name: str
     classes: tuple[str, ...]
-    palette: tuple[tuple[int, int, int], ...]  # RGB per class; 255 is drawn black
+    palette: tuple[tuple[int, int, int], ...]  # RGB per class
 
 
 class Files:
@@ -266,17 +266,24 @@ def voc_colour(label: int) -> tuple[int, int, int]:
 VOC_PALETTE = tuple(map(voc_colour, range(21)))
 
 
+def ignored_colour(palette) -> tuple[int, int, int]:
+    """Black; where a class is black, as VOC's background, the cream of VOC's void."""
+    return (224, 224, 192) if (0, 0, 0) in map(tuple, palette) else (0, 0, 0)
+
+
 def colourise(labels: np.ndarray, palette) -> np.ndarray:
-    """Class ids (H, W) to RGB (H, W, 3); ignored pixels are black."""
+    """Class ids (H, W) to RGB (H, W, 3), ignored pixels in their own colour."""
     table = np.zeros((256, 3), np.uint8)
     table[:len(palette)] = palette
+    table[IGNORE_INDEX] = ignored_colour(palette)
     return table[labels]
 
 
 def legend(info, width: int) -> np.ndarray:
     """A strip of colour squares with class names, as wide as the picture."""
     font = ImageFont.load_default(size=13)
-    entries = list(zip(info.classes, info.palette)) + [("ignored", (0, 0, 0))]
+    entries = list(zip(info.classes, info.palette))
+    entries.append(("ignored", ignored_colour(info.palette)))
     column = 26 + max(int(font.getlength(name)) for name, _ in entries)
     columns = max(1, width // column)
     strip = Image.new("RGB", (width, 20 * -(-len(entries) // columns) + 4), "white")

@@ -103,6 +103,15 @@ def test_the_contact_sheet_shows_labels_in_their_colours(tmp_path, check):
     assert colours <= {tuple(c) for c in palette}, "colours were blended"
 
 
+def test_ignored_pixels_look_like_no_class():
+    """VOC's background is black, so there void is not; elsewhere it is."""
+    for name in set(NAMES) - {"folder"}:  # whose palette its classes.txt has
+        palette = data.SOURCES[name].palette
+        ignored = tuple(data.colourise(np.array([[255]]), palette)[0, 0])
+        assert ignored not in palette, name
+        assert (ignored == (0, 0, 0)) == (not name.startswith("voc")), name
+
+
 def test_legends_of_150_classes_stay_readable():
     """In columns, of which none is cut off at the right."""
     source = data.SOURCES["ade20k"]
