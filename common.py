@@ -32,6 +32,8 @@ IGNORE_INDEX = 255  # the only "no label" value in the whole library (uint8 mask
 class UserError(Exception):
     """A mistake in what was asked for, or in the data: one sentence, exit code 2."""
 
+    code = 2
+
 
 # --- Building blocks -----------------------------------------------------------------
 

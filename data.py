@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -651,17 +652,25 @@ class Augmented(torch.utils.data.Dataset):
         return NORMALISE(image).as_subclass(Tensor), labels.as_subclass(Tensor)
 
 
-class Plain(torch.utils.data.Dataset):
-    """Validation samples: whole images, normalised, labels never resized."""
+class Decoded(torch.utils.data.Dataset):
+    """Samples as they are read: image (3, H, W) and labels (H, W), both uint8."""
 
-    def __init__(self, dataset):
+    def __init__(self, dataset, indices=None):
         self.dataset = dataset
+        self.indices = range(len(dataset)) if indices is None else indices
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.indices)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image, labels = self.dataset.load(index)
+        return self.dataset.load(self.indices[index])
+
+
+class Plain(Decoded):
+    """Validation samples: whole images, normalised, labels never resized."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, labels = super().__getitem__(index)
         return NORMALISE(image), labels
 
 
@@ -702,48 +711,77 @@ def mix_seeds(*seeds: int) -> int:
 
 
 class Batches(torch.utils.data.Sampler):
-    """Batches of (epoch, index) keys for the iterations start..stop-1.
+    """One process' batches of (epoch, index) keys for the iterations start..stop-1.
 
-    Every epoch is a permutation of its own; its last, incomplete batch is dropped,
-    since batch norm cannot live on one image. To resume at an iteration is to start
-    here: skipped samples are never read.
+    `batch` counts the images of all `world` processes; this one gets its share, the
+    `rank`-th. Every epoch is a permutation of its own, the same in all processes; its
+    last, incomplete batch is dropped, since batch norm cannot live on one image. To
+    resume at an iteration is to start here: skipped samples are never read.
     """
 
-    def __init__(self, length: int, batch: int, *, start: int, stop: int, seed: int):
+    def __init__(self, length: int, batch: int, *, start: int, stop: int, seed: int,
+                 rank=0, world=1):
         if length < batch:
             raise UserError(f"batch {batch} is larger than the training set ({length} "
                             f"images); pass --batch {max(2, length)} or less")
         self.length, self.batch, self.seed = length, batch, seed
         self.start, self.stop = start, stop
+        self.mine = slice(rank * batch // world, (rank + 1) * batch // world)
+        self.epoch, self.order = -1, None
 
     def __len__(self) -> int:
         return self.stop - self.start
 
+    def keys(self, iteration: int) -> list[tuple[int, int]]:
+        """What all processes read in an iteration, a function of it and the seed."""
+        epoch, step = divmod(iteration, self.length // self.batch)
+        if epoch != self.epoch:
+            generator = torch.Generator().manual_seed(mix_seeds(self.seed, epoch))
+            self.order = torch.randperm(self.length, generator=generator).tolist()
+            self.epoch = epoch
+        picked = self.order[step * self.batch:(step + 1) * self.batch]
+        return [(epoch, index) for index in picked]
+
     def __iter__(self):
-        epoch, order = -1, None
         for iteration in range(self.start, self.stop):
-            now, step = divmod(iteration, self.length // self.batch)
-            if now != epoch:
-                epoch, generator = now, torch.Generator()
-                generator.manual_seed(mix_seeds(self.seed, epoch))
-                order = torch.randperm(self.length, generator=generator).tolist()
-            picked = order[step * self.batch:(step + 1) * self.batch]
-            yield [(epoch, index) for index in picked]
+            yield self.keys(iteration)[self.mine]
+
+
+STUCK = 300  # seconds after which a loader process that says nothing is given up
+
+
+def outlive_a_signal(worker: int) -> None:
+    """A loader process goes on while its parent finishes the step it was stopped in.
+
+    Ctrl-C, torchrun and SLURM signal the loader's processes, too. But they must end one
+    day even if nobody tells them: half a minute after SIGTERM.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
+
+
+def loader(dataset, workers: int, **options) -> torch.utils.data.DataLoader:
+    """A DataLoader whose processes neither hang forever nor die too early."""
+    if workers:
+        options |= {"timeout": STUCK, "worker_init_fn": outlive_a_signal}
+        if isinstance(getattr(dataset, "dataset", None), Cached):
+            options["multiprocessing_context"] = "fork"  # shares memory, copies nothing
+    return torch.utils.data.DataLoader(
+        dataset, num_workers=workers, **options,
+        generator=torch.Generator())  # of its own: it must not touch the model's
 
 
 def train_loader(dataset, batches: Batches, *, workers: int, **augmentation):
     """Iterates over (images (B, 3, H, W) float32, labels (B, H, W) uint8)."""
-    return torch.utils.data.DataLoader(
-        Augmented(dataset, seed=batches.seed, **augmentation), batch_sampler=batches,
-        num_workers=workers, pin_memory=torch.cuda.is_available(),
-        prefetch_factor=4 if workers else None)
+    return loader(Augmented(dataset, seed=batches.seed, **augmentation), workers,
+                  batch_sampler=batches, pin_memory=torch.cuda.is_available(),
+                  prefetch_factor=4 if workers else None)
 
 
 def whole_loader(dataset, indices: list[int], batch: int, *, workers: int):
     """Whole images of one size in full batches, for the statistics of batch norm."""
-    return torch.utils.data.DataLoader(
-        torch.utils.data.Subset(Plain(dataset), indices), batch_size=batch,
-        drop_last=True, num_workers=workers, collate_fn=same_size)
+    return loader(Plain(dataset, indices), workers, batch_size=batch, drop_last=True,
+                  collate_fn=same_size)
 
 
 def same_size(samples: list[tuple[Tensor, Tensor]]):
@@ -757,8 +795,53 @@ def same_size(samples: list[tuple[Tensor, Tensor]]):
 
 def val_loader(dataset, *, workers: int, start=0, step=1):
     """Whole images one by one, since their sizes may differ: start, start + step, .."""
-    picked = torch.utils.data.Subset(Plain(dataset), range(start, len(dataset), step))
-    return torch.utils.data.DataLoader(picked, num_workers=workers)
+    return loader(Plain(dataset, range(start, len(dataset), step)), workers)
+
+
+class Cached:
+    """--cache: a data set whose decoded images stay in memory, as many as fit.
+
+    The first `limit` bytes of them, in order; the rest is read from disk every time.
+    Loader processes are forked and see this memory without a copy of their own.
+    """
+
+    def __init__(self, dataset, workers: int, *, limit: int):
+        self.dataset, self.kept, self.bytes = dataset, [], 0
+        for sample in loader(Decoded(dataset), workers, batch_size=None):
+            size = sum(tensor.numel() for tensor in sample)
+            if self.bytes + size > limit:
+                break
+            # Without a copy, each keeps its loader process' shared file open.
+            self.kept.append(tuple(tensor.clone() for tensor in sample))
+            self.bytes += size
+
+    def __getattr__(self, name: str):  # info, name, labels, ...: those of the data set
+        return getattr(self.__dict__["dataset"], name)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __str__(self) -> str:
+        return (f"{self.info.name}: {len(self.kept)} of {len(self)} images in memory, "
+                f"{self.bytes / 1e9:.2f} GB")
+
+    def load(self, index: int) -> tuple[Tensor, Tensor]:
+        kept = self.kept[index] if index < len(self.kept) else None
+        return kept or self.dataset.load(index)
+
+
+def free_memory() -> int:
+    """Bytes that may be used, of the machine or of the container that this is."""
+    meminfo, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+    if not meminfo.exists():  # not Linux: half of all there is, for want of a better
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    free = int(lines["MemAvailable"].split()[0]) * 1024
+    limit = group / "memory.max"
+    if limit.exists() and limit.read_text().strip() != "max":
+        used = int((group / "memory.current").read_text())
+        free = min(free, int(limit.read_text()) - used)
+    return free
 
 
 # --- The embedded data set ------------------------------------------------------------

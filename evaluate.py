@@ -24,9 +24,11 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -45,18 +47,24 @@ from common import (IGNORE_INDEX, ConfusionMatrix, UserError, build_model, load_
 
 @contextmanager
 def show_errors(debug: bool = False):
-    """User errors end in one sentence and exit code 2, without a traceback."""
+    """User errors end in one sentence and their exit code, without a traceback."""
     try:
         yield
     except UserError as error:
         if debug:
             raise
         # An error from a loader process arrives inside that process' traceback.
-        print("error:", str(error).rsplit("UserError: ")[-1].strip(), file=sys.stderr)
-        sys.exit(2)
+        said = str(error).rsplit("UserError: ")[-1].strip()
+        rank = os.environ.get("RANK", "0")
+        print(f"[process {rank}] " * (rank != "0") + f"error: {said}", file=sys.stderr)
+        for each in filter(None, (error, error.__context__)):
+            traceback.clear_frames(each.__traceback__)  # loader processes end here
+        sys.exit(error.code)
 
 
 # --- Checkpoints ---------------------------------------------------------------------
+
+FORMAT = 2
 
 
 def checkpoint_file(path: str | Path) -> Path:
@@ -68,8 +76,31 @@ def checkpoint_file(path: str | Path) -> Path:
     return path
 
 
+def checksum(value, digest=None) -> str:
+    """SHA-256 of all that a checkpoint holds: names, numbers, the bytes of tensors.
+
+    torch.load reads a file with a flipped bit without a word: weights are just other.
+    """
+    digest = digest or hashlib.sha256()
+    if isinstance(value, Tensor):
+        digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    elif isinstance(value, dict):
+        digest.update(b"{")
+        for key, content in value.items():
+            checksum(key, digest)
+            checksum(content, digest)
+    elif isinstance(value, (list, tuple)):
+        digest.update(f"[{len(value)}".encode())
+        for content in value:
+            checksum(content, digest)
+    else:
+        digest.update(f"{value!r};".encode())
+    return digest.hexdigest()
+
+
 def load_checkpoint(path: str | Path) -> dict:
-    """A checkpoint's content; a run folder stands for its best.pt."""
+    """A checkpoint's content, verified; a run folder stands for its best.pt."""
     path = checkpoint_file(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -77,8 +108,13 @@ def load_checkpoint(path: str | Path) -> dict:
         raise UserError(f"{path} is damaged or not a checkpoint "
                         f"({str(error).splitlines()[0] if str(error) else type(error)})"
                         ) from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != 1:
-        raise UserError(f"{path} is not a checkpoint of this train.py (format 1)")
+    if not isinstance(checkpoint, dict) or "format" not in checkpoint:
+        raise UserError(f"{path} is not a checkpoint of this train.py")
+    if checkpoint["format"] != FORMAT:
+        raise UserError(f"{path} has format {checkpoint['format']}, this library reads "
+                        f"format {FORMAT}; use the version that wrote it")
+    if checkpoint.pop("sha256", None) != checksum(checkpoint):
+        raise UserError(f"{path} is damaged (its content does not fit its checksum)")
     return checkpoint
 
 
@@ -334,6 +370,12 @@ def decide(model: nn.Module, images: Tensor, protocol: Protocol, rows: slice,
     return ids.byte()
 
 
+def out_of_memory(error: Exception) -> bool:
+    said = str(error).lower()  # a GPU's is a RuntimeError: "CUDA out of memory. Tried"
+    return (isinstance(error, MemoryError) or "allocate memory" in said
+            or "out of memory" in said)
+
+
 def predict_in_memory(model: nn.Module, images: Tensor, protocol: Protocol,
                       cut: Counter) -> Tensor:
     """predict; out of memory, again with half the window, and it is said."""
@@ -341,9 +383,7 @@ def predict_in_memory(model: nn.Module, images: Tensor, protocol: Protocol,
         try:
             return predict(model, images, protocol, cut)
         except (RuntimeError, MemoryError) as error:
-            said = str(error).lower()
-            if not (isinstance(error, (MemoryError, torch.OutOfMemoryError))
-                    or "allocate memory" in said or "out of memory" in said):
+            if not out_of_memory(error):
                 raise
         H, W = images.shape[-2:]
         largest = round(H * max(protocol.scales)), round(W * max(protocol.scales))
@@ -357,14 +397,19 @@ def predict_in_memory(model: nn.Module, images: Tensor, protocol: Protocol,
 # --- Scoring -------------------------------------------------------------------------
 
 
+# How long a process waits for one that is stuck. One that dies is noticed at once.
+PATIENCE = timedelta(minutes=10)
+
+
 def join_processes(device: str) -> str:
     """Under torchrun: meet the other processes; the device that is this one's."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if "WORLD_SIZE" not in os.environ:
         return device
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo",
+                            timeout=PATIENCE)
     return device
 
 
@@ -372,22 +417,36 @@ def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def autocast(device, amp: str):
+    """--amp bf16, fp16: products and convolutions in 16 bits; weights stay float32.
+
+    What 16 bits would spoil leaves by itself (`full_precision` in common.py, and every
+    loss): each place says why.
+    """
+    kind = torch.float16 if amp == "fp16" else torch.bfloat16
+    return torch.autocast(torch.device(device).type, kind, enabled=amp != "off")
+
+
 def score_dataset(model: nn.Module, dataset, *, device, workers=0, amp="off",
-                  protocol=Protocol(), extras=(), cut=None) -> ConfusionMatrix:
+                  protocol=Protocol(), extras=(), cut=None,
+                  stopped=None) -> ConfusionMatrix | None:
     """Confusion matrix of the model on a whole split; train.py uses this too.
 
     Of several processes each scores the images rank, rank + world, ..: none twice, none
     left out, and no word between them before the sums at the end. `extras` are told
-    every image, too; their `sums` are added up as the matrix is.
+    every image, too; their `sums` are added up as the matrix is. If `stopped()` comes
+    true, in any process, there is no result.
     """
     model.eval()
     rank, world = rank_and_world()
     matrix = ConfusionMatrix(len(dataset.info.classes))
-    cut = Counter() if cut is None else cut
+    cut, cut_short = Counter() if cut is None else cut, False
     loader = data.val_loader(dataset, workers=workers, start=rank, step=world)
-    with torch.inference_mode(), torch.autocast(
-            torch.device(device).type, torch.bfloat16, enabled=amp == "bf16"):
+    with torch.inference_mode(), autocast(device, amp):
         for step, (images, labels) in enumerate(loader):
+            if stopped and stopped():
+                cut_short = True
+                break
             inputs = network_input(model, images, labels).to(device)
             guess = predict_in_memory(model, inputs, protocol, cut).cpu()
             matrix.update(labels[0], guess)
@@ -396,17 +455,20 @@ def score_dataset(model: nn.Module, dataset, *, device, workers=0, amp="off",
             if rank == 0 and sys.stderr.isatty():
                 print(f"\r{step + 1}/{len(loader)} ", end="", file=sys.stderr)
     if world > 1:
-        sums = [torch.cat([matrix.counts.flatten(), torch.tensor([matrix.images])])]
+        sums = [torch.cat([matrix.counts.flatten(),
+                           torch.tensor([matrix.images, cut_short])])]
         sums = [x.to(device) for x in sums + [extra.sums for extra in extras]]
         for x in sums:
             dist.all_reduce(x)
-        matrix.counts.copy_(sums[0][:-1].reshape(matrix.counts.shape))
-        matrix.images = int(sums[0][-1])
+        matrix.counts.copy_(sums[0][:-2].reshape(matrix.counts.shape))
+        matrix.images, cut_short = sums[0][-2:].tolist()
         for extra, x in zip(extras, sums[1:]):
             extra.sums.copy_(x)
         cuts = [None] * world
         dist.all_gather_object(cuts, cut)
         cut.update(sum(cuts, Counter()) - cut)
+    if cut_short:
+        return None
     if matrix.images != len(dataset):
         raise RuntimeError(f"scored {matrix.images} of {len(dataset)} images")
     return matrix
@@ -555,6 +617,32 @@ class BoundaryF:
 # --- Pictures ------------------------------------------------------------------------
 
 
+def draw_curves(rows: list[dict], path: Path, title: str) -> None:
+    """Of the rows of log.csv: loss and learning rate left, validation mIoU right."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    def series(name):
+        known = [row for row in rows if row.get(name)]
+        return ([int(row["iteration"]) for row in known],
+                [float(row[name]) for row in known])
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6))
+    left.plot(*series("loss"), color="tab:blue", label="training loss")
+    left.set(xlabel="iteration", ylabel="loss", ylim=(0, None), title=title)
+    rate = left.twinx()
+    rate.plot(*series("lr"), color="0.6", lw=1)
+    rate.set_ylabel("learning rate", color="0.5")
+    right.plot(*series("miou"), "o-", color="tab:green", label="mIoU")
+    right.plot(*series("pixel_accuracy"), "o-", color="0.6", label="pixel accuracy")
+    right.set(xlabel="iteration", ylim=(0, 1), title="validation")
+    right.grid(alpha=0.3)
+    right.legend(loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
 def sample_sheet(model, dataset, path: Path, *, device, indices=None,
                  protocol=Protocol()) -> None:
     """Some images of a split, each as image | truth | prediction | errors."""
@@ -678,8 +766,8 @@ def command_score(args) -> None:
     matrix = score_dataset(model, dataset, device=device, workers=args.workers,
                            amp=args.amp, protocol=protocol, extras=extras.values(),
                            cut=cut)
-    rank, world = rank_and_world()
-    if world > 1:
+    rank, _ = rank_and_world()
+    if dist.is_initialized():
         dist.destroy_process_group()
     if rank > 0:
         return
@@ -1164,7 +1252,7 @@ def score_options(score: argparse.ArgumentParser) -> None:
     score.add_argument("--data-root", metavar="DIR", help="default: as in training")
     score.add_argument("--split", default="val", help="default val")
     score.add_argument("--workers", type=int, default=2, help="loader processes (2)")
-    score.add_argument("--amp", choices=("off", "bf16"), default="off")
+    score.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off")
     score.add_argument("--bands", action="store_true",
                        help="mIoU near void (VOC) or near class boundaries")
     score.add_argument("--boundary-f", action="store_true", help="SFNet's F-score")

@@ -1,4 +1,7 @@
-"""Shared by the tests: tiny models, drawn data trees, and the command lines."""
+"""Shared by the tests: tiny models, drawn data trees, command lines, processes."""
+import multiprocessing
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -6,19 +9,90 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import voc_colour  # noqa: E402 (it is found by the line above)
+import data  # noqa: E402 (it is found by the line above)
 
-VOC_COLOURS = [channel for label in range(256) for channel in voc_colour(label)]
+VOC_COLOURS = [channel for label in range(256) for channel in data.voc_colour(label)]
 SMALL = {"backbone": "resnet18", "channels": 16}
+# A run of seconds: python train.py *TINY, best with the `thin` network on few images.
+TINY = ["--batch", "4", "--crop", "64", "96", "--set", "channels=16", "--workers", "0",
+        "--log-every", "1", "--warmup", "2"]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--thorough", action="store_true",
+                     help="all combinations and 50 kills: 10 minutes instead of seconds")
 
 
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:Sparse CSR tensor support")
+    config.addinivalue_line("markers", "thorough: run by --thorough only")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--thorough"):
+        items[:] = [item for item in items if not item.get_closest_marker("thorough")]
+
+
+def thin_resnet(name, weights=None):
+    """A ResNet of one narrow block per stage: the same code, 18 times fewer weights."""
+    net = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])
+    net.inplanes, block = 8, torchvision.models.resnet.BasicBlock
+    net.conv1 = torch.nn.Conv2d(3, 8, 7, 2, 3, bias=False)
+    net.bn1 = torch.nn.BatchNorm2d(8)
+    for i in range(4):
+        stage = net._make_layer(block, 8 * 2**i, 1, stride=1 if i == 0 else 2)
+        setattr(net, f"layer{i + 1}", stage)
+    return net
+
+
+@pytest.fixture
+def thin(monkeypatch):
+    """Thin networks, six training images and two to validate on."""
+    monkeypatch.setattr("torchvision.models.get_model", thin_resnet)
+    monkeypatch.setattr("data.Streets.sizes", {"train": 6, "val": 2})
+
+
+# Processes that are forked from one that has already imported torch and train: they
+# start in no time, can be killed, and can be several ranks of one run.
+os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["train", "conftest"])
+
+
+def in_child(function, arguments, environment, output):
+    torch.set_num_threads(1)
+    torchvision.models.get_model = thin_resnet
+    data.Streets.sizes = {"train": 6, "val": 2}
+    os.environ.update(environment)
+    with open(output, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.exit(function(*arguments))
+
+
+def child(function, *arguments, output=os.devnull, **environment):
+    """A started process that runs function(*arguments) with thin networks."""
+    process = FORKS.Process(target=in_child,
+                            args=(function, arguments, environment, output))
+    process.start()
+    return process
+
+
+def ranks(world, function, *arguments, output=os.devnull):
+    """`world` processes as torchrun would start them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    return [child(function, *arguments, output=output, RANK=str(rank),
+                  LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+                  LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="localhost",
+                  MASTER_PORT=port) for rank in range(world)]
 
 
 @pytest.fixture(autouse=True)

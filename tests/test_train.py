@@ -18,7 +18,7 @@ from conftest import ROOT, draw_tree, run
 from evaluate import load_checkpoint, restore
 
 TINY = ["--batch", "2", "--crop", "64", "96", "--set", "channels=16", "--workers", "0",
-        "--log-every", "1", "--warmup", "2"]
+        "--log-every", "1", "--warmup", "1"]
 
 
 def launch(*argv):
@@ -217,7 +217,7 @@ def test_cityscapes_trains_on_the_distributed_layout(tmp_path, method, capsys):
     root = draw_tree(tmp_path / "data", "cityscapes", size=(128, 256))
     launch("--method", method, "--dataset", "cityscapes", "--data-root", root,
            "--weights", "none", "--backbone", "resnet18", "--iterations", 2, "--batch",
-           2, "--crop", 64, 64, "--set", "channels=16", "--workers", 0,
+           2, "--warmup", 0, "--crop", 64, 64, "--set", "channels=16", "--workers", 0,
            "--out", tmp_path / "run")
     said = capsys.readouterr().out
     assert "of 19 classes present" in said and "2/2 images" in said
@@ -300,7 +300,7 @@ def test_mistakes_end_in_one_sentence_and_code_2(argv, sentence, capsys, tmp_pat
     """No traceback, exit code 2, before the first step, and no folder left behind."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        train.main(["--batch", "2", *argv])  # of six streets
+        train.main(["--batch", "2", "--warmup", "1", *argv])  # of six streets
     said = capsys.readouterr()
     assert stop.value.code == 2 and sentence in said.err, said.err
     assert "Traceback" not in said.err and "loss" not in said.out
