@@ -324,7 +324,7 @@ def start_run(args) -> Run:
     torch.manual_seed(args.seed)
     model, options = make_model(args, values, len(val_set.info.classes),
                                 fresh=not (checkpoint or args.finetune_from))
-    meta = identity(args, values, options, train_set, val_set)
+    meta = identity(args, values, options, device, train_set, val_set)
     if checkpoint:
         check_same(checkpoint, meta)
     else:
@@ -347,8 +347,8 @@ def start_run(args) -> Run:
     return run
 
 
-def identity(args, values: dict, options: dict, train_set, val_set) -> dict:
-    """What makes a run this one: a resumed run must agree in all but args, versions."""
+def identity(args, values: dict, options: dict, device, train_set, val_set) -> dict:
+    """What makes a run this one; a resumed run must be the same, on any machine."""
     info = val_set.info
     return {"format": FORMAT, "method": args.method, "options": options,
             "backbone": values["backbone"], "dataset": args.dataset,
@@ -361,7 +361,7 @@ def identity(args, values: dict, options: dict, train_set, val_set) -> dict:
                        for name, value in values.items()},
             "args": {name: value for name, value in vars(args).items()
                      if name not in ("given", "resume", "debug")},
-            "versions": versions()}
+            "environment": environment(device, args)}
 
 
 def own_folder(run: Run) -> Path:
@@ -407,8 +407,9 @@ def new_folder(args) -> Path:
 def lock(folder: Path):
     """Two runs in one folder would overwrite each other: the second one ends here."""
     try:
-        file = open(folder / ".lock", "w")  # the lock ends with the file, or the process
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by forks
+        file = open(folder / ".lock", "w")
+        # Of this kind a lock ends with its process, and the loader's have no share.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         raise UserError(f"another process is training in {folder}; wait for it, or "
                         f"give another --out") from None
@@ -437,14 +438,17 @@ def describe(run: Run, recipe: dict[str, tuple]) -> None:
         return
     config = {"args": run.meta["args"],
               "recipe": {k: {"value": v, "source": s} for k, (v, s) in recipe.items()},
-              "command": " ".join(sys.argv), "versions": versions()}
+              "command": " ".join(sys.argv), "environment": run.meta["environment"]}
     with not_vital("config.json"):
         (run.folder / "config.json").write_text(json.dumps(config, indent=1))
 
 
-def versions() -> dict[str, str]:
+def environment(device: torch.device, args) -> dict:
+    """On what the last bits of a result depend, besides the recipe."""
     return {"python": platform.python_version(), "torch": str(torch.__version__),
-            "torchvision": str(torchvision.__version__)}
+            "torchvision": str(torchvision.__version__), "device": device.type,
+            "threads": torch.get_num_threads(), "processes": rank_and_world()[1],
+            "accumulate": args.accumulate, "compile": args.compile}
 
 
 # --- 3. The loop ---------------------------------------------------------------------
@@ -783,7 +787,7 @@ def check_same(checkpoint: dict, now: dict) -> None:
         nested = {f"{name}.{key}": value for name in ("recipe", "options")
                   for key, value in meta[name].items()}
         return nested | {name: value for name, value in meta.items() if name not in (
-            "recipe", "options", "args", "versions", "data_root")}
+            "recipe", "options", "args", "environment", "data_root")}
     then, now_ = flat({name: checkpoint[name] for name in now}), flat(now)
     changed = [f"  {name:<22} {then.get(name)!r} -> {now_.get(name)!r}"
                for name in sorted(then | now_) if then.get(name) != now_.get(name)]
@@ -792,9 +796,11 @@ def check_same(checkpoint: dict, now: dict) -> None:
             "--resume goes on with a run as it was, but this has changed:", *changed,
             "leave it as it was, or start a new run (--finetune-from takes over the "
             "weights)"]))
-    if checkpoint["versions"] != now["versions"]:
-        print(f"warning: begun with {checkpoint['versions']}, now {now['versions']}: "
-              f"the last bits may differ", file=sys.stderr)
+    for name, value in now["environment"].items():
+        before = checkpoint["environment"][name]
+        if before != value:
+            print(f"warning: {name} was {before}, is {value}: the last bits may differ",
+                  file=sys.stderr)
 
 
 def go_on_from(checkpoint: dict, run: Run) -> None:

@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torchvision
 from PIL import Image
+from torchvision.models import resnet
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402 (it is found by the line above)
 
-VOC_COLOURS = [channel for label in range(256) for channel in data.voc_colour(label)]
+VOC_COLOURS = [value for label in range(256) for value in data.voc_colour(label)]
 SMALL = {"backbone": "resnet18", "channels": 16}
 # A run of seconds: python train.py *TINY, best with the `thin` network on few images.
 TINY = ["--batch", "4", "--crop", "64", "96", "--set", "channels=16", "--workers", "0",
@@ -26,7 +26,7 @@ TINY = ["--batch", "4", "--crop", "64", "96", "--set", "channels=16", "--workers
 
 def pytest_addoption(parser):
     parser.addoption("--thorough", action="store_true",
-                     help="all combinations and 50 kills: 10 minutes instead of seconds")
+                     help="all combinations, 50 kills: minutes instead of seconds")
 
 
 def pytest_configure(config):
@@ -41,21 +41,27 @@ def pytest_collection_modifyitems(config, items):
 
 def thin_resnet(name, weights=None):
     """A ResNet of one narrow block per stage: the same code, 18 times fewer weights."""
-    net = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])
-    net.inplanes, block = 8, torchvision.models.resnet.BasicBlock
+    net = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1])
+    net.inplanes = 8
     net.conv1 = torch.nn.Conv2d(3, 8, 7, 2, 3, bias=False)
     net.bn1 = torch.nn.BatchNorm2d(8)
     for i in range(4):
-        stage = net._make_layer(block, 8 * 2**i, 1, stride=1 if i == 0 else 2)
+        stage = net._make_layer(resnet.BasicBlock, 8 * 2**i, 1, stride=1 + (i > 0))
         setattr(net, f"layer{i + 1}", stage)
     return net
 
 
+# Thin networks, six images to train on and two to validate on, no pictures at the end.
+THIN = {"torchvision.models.get_model": thin_resnet,
+        "data.Streets.sizes": {"train": 6, "val": 2},
+        "train.draw_curves": lambda *_: None,
+        "train.sample_sheet": lambda *_, **__: None}
+
+
 @pytest.fixture
 def thin(monkeypatch):
-    """Thin networks, six training images and two to validate on."""
-    monkeypatch.setattr("torchvision.models.get_model", thin_resnet)
-    monkeypatch.setattr("data.Streets.sizes", {"train": 6, "val": 2})
+    for name, value in THIN.items():
+        monkeypatch.setattr(name, value)
 
 
 # Processes that are forked from one that has already imported torch and train: they
@@ -67,8 +73,9 @@ FORKS.set_forkserver_preload(["train", "conftest"])
 
 def in_child(function, arguments, environment, output):
     torch.set_num_threads(1)
-    torchvision.models.get_model = thin_resnet
-    data.Streets.sizes = {"train": 6, "val": 2}
+    multiprocessing.set_start_method("fork", force=True)  # loaders: as in a usual run
+    for name, value in THIN.items():
+        pytest.MonkeyPatch().setattr(name, value)
     os.environ.update(environment)
     with open(output, "a") as file:
         os.dup2(file.fileno(), 1)

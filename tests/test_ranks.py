@@ -1,0 +1,190 @@
+"""Several processes are one run: gradients, numbers, signals, and what if one dies."""
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import evaluate
+import train
+from common import UserError, build_model, load_method, methods
+from conftest import ROOT, SMALL, TINY, ranks
+from evaluate import load_checkpoint
+from test_survival import assert_same, contents, launch, stop_after
+
+
+def ended(processes, seconds=60):
+    """The exit codes, once all have ended."""
+    deadline = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0, deadline - time.monotonic()))
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return codes
+
+
+def first_gradients(argv, target):
+    """Gradients of a run's first batch, norms and dropout frozen; then two real steps.
+
+    The sky is made void: what is left of the images differs by more than twice.
+    """
+    run = train.start_run(train.parse(list(map(str, argv))))
+    images, labels = next(iter(train.training_loader(run)))
+    labels[labels == 0] = 255
+    run.model.train()
+    for module in run.model.modules():
+        if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.Dropout2d)):
+            module.eval()
+    loss, terms = train.backward(run, images, labels)
+    gradients = {name: p.grad.clone() for name, p in run.model.named_parameters()
+                 if p.grad is not None}
+    for _ in range(2):
+        train.train_step(run, images, labels)
+    if run.rank == 0:
+        torch.save({"loss": loss, "terms": terms, "gradients": gradients}, target)
+    return 0
+
+
+@pytest.mark.parametrize("method", [*methods(), "dupsampling pretrained"])
+def test_two_processes_have_the_gradient_of_one(tmp_path, method):
+    """2 processes x 2 images = 1 x 4 = 1 x 2 parts of 2: the mean over valid pixels.
+
+    Each method under DDP, which stops at a parameter without a gradient.
+    """
+    method, pretrained, _ = method.partition(" ")
+    argv = [*TINY, "--method", method, "--iterations", 4]
+    argv += ["--pretrain", 2, "--lr", 1e-3] if pretrained else []
+    output = tmp_path / "said"
+    for name, world, parts in (("one", 1, 1), ("two", 2, 1), ("parts", 1, 2)):
+        processes = ranks(world, first_gradients, [*argv, "--accumulate", parts, "--out",
+                          tmp_path / name], tmp_path / f"{name}.pt", output=output)
+        assert ended(processes) == [0] * world, output.read_text()[-2000:]
+    one, two, parts = (torch.load(tmp_path / f"{name}.pt", weights_only=True)
+                       for name in ("one", "two", "parts"))
+    largest = max(g.abs().max() for g in one["gradients"].values())
+    for other in (two, parts):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert other["terms"] == pytest.approx(one["terms"], rel=1e-5)
+        for name, gradient in one["gradients"].items():
+            assert (gradient - other["gradients"][name]).abs().max() < 1e-4 * largest, (
+                f"{name}: a mean of means?")
+
+
+@pytest.mark.parametrize("name", methods())
+def test_every_parameter_of_every_variant_has_a_gradient(name, thin):
+    """Without one DDP would wait for it, and all processes stand still."""
+    for variant in load_method(name)[0].VARIANTS:
+        model = build_model(f"{name}:{variant}", 5, **SMALL)
+        out = model(torch.randn(2, 3, 64, 64))
+        sum(x.mean() for x in [out["out"], *out["aux"]]).backward()
+        idle = [n for n, p in model.named_parameters()
+                if p.requires_grad and p.grad is None]
+        assert not idle, f"{name}:{variant}: {idle}"
+
+
+def train_ranks(argv, rank_to_stop=None, step=0, number=signal.SIGTERM):
+    """train.py as one of several; one may get a signal in the middle of a step."""
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ["RANK"] == str(rank_to_stop):
+            stop_after(step, patch, number)
+        return train.main(list(map(str, argv)))
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """Four steps by two processes; nobody stops them."""
+    folder = tmp_path_factory.mktemp("ranks")
+    settings = [*TINY, "--iterations", 4, "--eval-every", 2, "--bn-images", 4]
+    processes = ranks(2, train_ranks, [*settings, "--out", folder / "whole"],
+                      output=folder / "said")
+    assert ended(processes) == [0, 0], (folder / "said").read_text()[-2000:]
+    return folder / "whole", settings
+
+
+def test_only_the_first_process_talks_and_writes(two_ranks, tmp_path, thin, capsys):
+    """One log, one line per step; the mIoU is that of one process, to the digit."""
+    folder, _ = two_ranks
+    said = (folder.parent / "said").read_text()
+    assert said.count("best mIoU on val") == 1
+    assert "4 images per step (command line) = 2 processes x 1 parts x 2" in said
+    with open(folder / "log.csv", newline="") as file:
+        steps = [row["iteration"] for row in csv.DictReader(file)]
+    assert steps == ["1", "2", "2", "3", "4", "4"]
+    evaluate.main(["score", str(folder / "last.pt"), "--workers", "0",
+                   "--out", str(tmp_path)])
+    assert f"mIoU {load_checkpoint(folder / 'last.pt')['miou']:.4f}" in (
+        capsys.readouterr().out)
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(two_ranks, tmp_path):
+    """Exit 143 everywhere, saved once; resumed by two, the run is the same to the bit.
+
+    With one process it goes on as well, from the same step.
+    """
+    whole, settings = two_ranks
+    said, cut = tmp_path / "said", tmp_path / "cut"
+    stopped = ranks(2, train_ranks, [*settings, "--out", cut], 1, 3, output=said)
+    assert ended(stopped) == [143, 143], said.read_text()[-2000:]
+    assert load_checkpoint(cut / "last.pt")["iteration"] == 3
+    resumed = ranks(2, train_ranks, ["--resume", cut], output=said)
+    assert ended(resumed) == [0, 0], said.read_text()[-2000:]
+    assert_same(contents(whole), contents(cut))
+
+
+def test_more_or_fewer_processes_may_go_on(tmp_path, thin, capsys):
+    """Two processes' run, resumed by one: a warning, the same images, the same end."""
+    argv = [*TINY, "--iterations", 3, "--save-every", 1, "--out", tmp_path / "run"]
+    stopped = ranks(2, train_ranks, argv, 0, 2, signal.SIGINT)
+    assert ended(stopped) == [130, 130]
+    launch("--resume", tmp_path / "run")
+    assert "processes was 2, is 1: the last bits may differ" in capsys.readouterr().err
+    assert load_checkpoint(tmp_path / "run/last.pt")["iteration"] == 3
+
+
+def test_a_dead_process_ends_the_others(tmp_path):
+    """kill -9 of one: the other does not wait forever, and the checkpoint is whole."""
+    said, out = tmp_path / "said", tmp_path / "run"
+    argv = [*TINY, "--iterations", 500, "--save-every", 1, "--out", out]
+    began = time.monotonic()
+    codes = ended(ranks(2, train_ranks, argv, 1, 3, signal.SIGKILL, output=said))
+    assert codes == [1, -signal.SIGKILL] and time.monotonic() - began < 50
+    assert "another process of this run has ended" in said.read_text()
+    assert load_checkpoint(out / "last.pt")["iteration"] == 2
+
+
+def test_torchrun_needs_nothing_else_and_passes_the_signal_on(tmp_path):
+    """The command of README; SIGTERM to torchrun, as SLURM sends it, saves first."""
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone",
+         "--nproc_per_node", "2", str(ROOT / "train.py"), *TINY, "--iterations", "500",
+         "--save-every", "500", "--out", str(out)], stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if "3/500" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode != 0 and "train.py --resume" in said, said[-2000:]
+    assert load_checkpoint(out / "last.pt")["iteration"] >= 3
+
+
+@pytest.mark.parametrize("batch, world, parts, device, says", [
+    (16, 4, 1, "cuda", None), (16, 4, 2, "cpu", None), (4, 4, 1, "cuda", None),
+    (16, 3, 1, "cuda", "pass --batch 15 or 18"),
+    (4, 4, 1, "cpu", "at least two images at a time; pass --batch 8"),
+    (8, 1, 8, "cuda", "--accumulate does not help")])
+def test_a_batch_must_divide_and_leave_two_images(batch, world, parts, device, says):
+    """Batch norm over one image and one position has no variance. SyncBN sees all."""
+    check = lambda: train.check_split(batch, world, parts, torch.device(device))
+    if says:
+        with pytest.raises(UserError, match=says):
+            check()
+    else:
+        check()
