@@ -66,13 +66,27 @@ def upsample(x: Tensor, factor: int, size: tuple[int, int]) -> Tensor:
     return x[..., : size[0], : size[1]]
 
 
+def repeat_border(x: Tensor, rows: int, columns: int) -> Tensor:
+    """The last row and the last column so many times more, (.., H + rows, W + columns).
+
+    The gradient of F.pad(mode="replicate") depends on chance on a GPU, and
+    torch.compile, in torch 2.15, stumbles over it.
+    """
+    if columns:
+        x = torch.cat([x, x[..., -1:].expand(*x.shape[:-1], columns)], dim=-1)
+    if rows:
+        last = x[..., -1:, :].expand(*x.shape[:-2], rows, x.shape[-1])
+        x = torch.cat([x, last], dim=-2)
+    return x
+
+
 def downsample(x: Tensor, factor: int, size: tuple[int, int]) -> Tensor:
     """Bilinear downsampling by a whole `factor` to `size`: upsample's way back.
 
     The far border is repeated where the last coarse cell reaches past the map.
     """
     (H, W), (h, w) = x.shape[-2:], size
-    x = F.pad(x, (0, w * factor - W, 0, h * factor - H), mode="replicate")
+    x = repeat_border(x, h * factor - H, w * factor - W)
     return F.interpolate(x, scale_factor=1 / factor, mode="bilinear",
                          align_corners=False)
 

@@ -76,7 +76,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (Encoder, FCNHead, UserError, conv_bn_relu, full_precision,
-                    label_colours, published, show, upsample, viewable)
+                    label_colours, published, repeat_border, show, upsample, viewable)
 
 # --- 1. Config -----------------------------------------------------------------------
 
@@ -180,8 +180,8 @@ def to_grid(x: Tensor, factor: float, size: tuple[int, int]) -> Tensor:
     (h, w), (q, r), f = x.shape[-2:], size, round(factor)
     x = F.interpolate(x, (f * (h - 1) + 1, f * (w - 1) + 1), mode="bilinear",
                       align_corners=True)
-    extra = (0, max(r - x.shape[-1], 0), 0, max(q - x.shape[-2], 0))
-    return F.pad(x, extra, mode="replicate")[..., :q, :r]
+    x = repeat_border(x, max(q - x.shape[-2], 0), max(r - x.shape[-1], 0))
+    return x[..., :q, :r]
 
 
 def fuse(maps: dict[str, Tensor], stride: int, size: tuple[int, int]) -> Tensor:

@@ -67,12 +67,16 @@ def show_errors(debug: bool = False):
 FORMAT = 2
 
 
+class Damaged(UserError):
+    """A checkpoint that is not there, or not as it was written."""
+
+
 def checkpoint_file(path: str | Path) -> Path:
     """A run folder stands for its best.pt."""
     path = Path(path)
     path = path / "best.pt" if path.is_dir() else path
     if not path.is_file():
-        raise UserError(f"no checkpoint {path}; give a run folder or a .pt file of it")
+        raise Damaged(f"no checkpoint {path}; give a run folder or a .pt file of it")
     return path
 
 
@@ -105,16 +109,15 @@ def load_checkpoint(path: str | Path) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
-        raise UserError(f"{path} is damaged or not a checkpoint "
-                        f"({str(error).splitlines()[0] if str(error) else type(error)})"
-                        ) from None
+        said = str(error).splitlines()[0] if str(error) else type(error)
+        raise Damaged(f"{path} is damaged or not a checkpoint ({said})") from None
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
-        raise UserError(f"{path} is not a checkpoint of this train.py")
+        raise Damaged(f"{path} is not a checkpoint of this train.py")
     if checkpoint["format"] != FORMAT:
         raise UserError(f"{path} has format {checkpoint['format']}, this library reads "
                         f"format {FORMAT}; use the version that wrote it")
     if checkpoint.pop("sha256", None) != checksum(checkpoint):
-        raise UserError(f"{path} is damaged (its content does not fit its checksum)")
+        raise Damaged(f"{path} is damaged (its content does not fit its checksum)")
     return checkpoint
 
 

@@ -73,8 +73,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (ASPP, UserError, conv_bn_relu, fcn_heads, full_precision,
-                    label_colours, make_encoder, published, show, upsample,
-                    viewable)
+                    label_colours, make_encoder, published, repeat_border, show,
+                    upsample, viewable)
 from deeplabv3plus import DeepLabv3PlusDecoder
 
 # --- 1. Config -----------------------------------------------------------------------
@@ -319,7 +319,7 @@ class NRDDecoder(nn.Module):
         (8h, 8w) instead would slide it against the cells by up to 7 positions.
         """
         B, M, rows, columns = m.shape
-        m = F.pad(m, (0, 8 * w - columns, 0, 8 * h - rows), mode="replicate")
+        m = repeat_border(m, 8 * h - rows, 8 * w - columns)
         if self.patch != 8:
             m = F.interpolate(m, scale_factor=self.patch / 8, mode="bilinear")
         return m

@@ -23,6 +23,7 @@ import csv
 import fcntl
 import json
 import math
+import multiprocessing
 import os
 import platform
 import resource
@@ -43,7 +44,7 @@ from torch import Tensor, nn
 import data
 from common import (BACKBONES, IGNORE_INDEX, UserError, build_model, load_method,
                     network_input, parse_options, segmentation_loss)
-from evaluate import (FORMAT, Protocol, autocast, checksum, draw_curves,
+from evaluate import (FORMAT, Damaged, Protocol, autocast, checksum, draw_curves,
                       join_processes, load_checkpoint, out_of_memory, rank_and_world,
                       sample_sheet, score_dataset, show_errors)
 
@@ -127,12 +128,13 @@ class Run:
     rank: int  # which of the `world` processes this is; only rank 0 writes
     world: int
     model: nn.Module
-    network: nn.Module  # model and loss in one module, within DDP and compile
+    network: nn.Module  # model and loss in one module, within DDP
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # fp16's, without effect otherwise
     train_set: object
     val_set: object
     folder: Path
+    lock: object  # an open file, while no other process may write to the folder
     meta: dict  # what every checkpoint says of the run; it may not change on resume
     total: int  # steps
     done: int = 0
@@ -142,15 +144,15 @@ class Run:
     best: float = -1.0
     bad_steps: int = 0  # skipped for a loss that is not finite, in a row
     log_rows: int = 0
-    lock: object = nullcontext()
 
 
 class Objective(nn.Module):
-    """The loss of a batch as one module, as DDP and compile want to have it."""
+    """The loss of a batch as one module, as DDP wants to have it."""
 
     def __init__(self, model: nn.Module, args, values: dict):
         super().__init__()
         self.model, self.amp = model, args.amp
+        self.run = torch.compile(model) if args.compile else model
         self.module = load_method(args.method)[0]
         self.weights = {"aux_weight": values["aux_weight"], "ohem": values["ohem"]}
 
@@ -159,7 +161,7 @@ class Objective(nn.Module):
             if pretrain:
                 loss = self.module.pretrain_loss(self.model, inputs, labels)
                 return loss, {"out": loss.detach()}
-            outputs = self.model(inputs)
+            outputs = self.run(inputs)
         return segmentation_loss(outputs, labels, **self.weights)  # in float32
 
 
@@ -193,14 +195,15 @@ def prepare_model(method: str, model, train_set, workers: int) -> None:
         print(f"{line} ({time.monotonic() - started:.0f} s)")
 
 
-def finetune_from(path: str, model: nn.Module) -> None:
+def finetune_from(path: str, model: nn.Module, backbone: str) -> None:
     """Take over what fits by name and shape from another run; list what does not."""
-    theirs, own = load_checkpoint(path)["model"], model.state_dict()
+    checkpoint, own = load_checkpoint(path), model.state_dict()
+    if checkpoint["backbone"] != backbone:  # some shapes would agree, by chance
+        raise UserError(f"--finetune-from {path}: it has --backbone "
+                        f"{checkpoint['backbone']}, this run {backbone}")
+    theirs = checkpoint["model"]
     fits = {name: tensor for name, tensor in theirs.items()
             if name in own and own[name].shape == tensor.shape}
-    if not any(name.startswith("encoder.") for name in fits):
-        raise UserError(f"--finetune-from {path}: no tensor of its encoder fits; is it "
-                        f"of another --backbone?")
     model.load_state_dict(fits, strict=False)
     print(f"{len(fits)} of {len(own)} tensors taken over from {path}")
     for name, tensor in theirs.items():
@@ -242,10 +245,10 @@ def check_values(args, values: dict) -> None:
     """Numbers that no run can be made of, before anything is opened."""
     for name, least in AT_LEAST.items():
         value = values.get(name, getattr(args, name, least))
-        if min(value if isinstance(value, (tuple, list)) else [value]) < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least "
-                            f"{least}" if least != 1e-9 else
-                            f"--{name.replace('_', '-')} {value}: must be above 0")
+        if not all(least <= x < math.inf for x in (value if isinstance(
+                value, (tuple, list)) else [value])):  # nor NaN
+            said = "above 0" if least == 1e-9 else f"at least {least}"
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be {said}")
     if values["min_lr"] > values["lr"]:
         raise UserError(f"--min-lr {values['min_lr']}: above --lr {values['lr']}")
     if values["pretrain"] and not hasattr(load_method(args.method)[0], "pretrain_loss"):
@@ -310,7 +313,7 @@ def name_nondeterministic() -> None:
 
 def start_run(args) -> Run:
     """Check everything, build everything, restore a checkpoint if there is one."""
-    checkpoint = resume_point(args)
+    checkpoint, held = resume_point(args)
     recipe = make_recipe(args)
     values = {name: value for name, (value, _) in recipe.items()}
     check_values(args, values)
@@ -330,18 +333,16 @@ def start_run(args) -> Run:
     else:
         prepare_model(args.method, model, train_set, args.workers)
         if args.finetune_from:
-            finetune_from(args.finetune_from, model)
+            finetune_from(args.finetune_from, model, values["backbone"])
     model.to(device)
     run = Run(args, values, device, rank, world, model, Objective(model, args, values),
               make_optimizer(model, values),
               torch.amp.GradScaler(device.type, enabled=args.amp == "fp16"),
-              train_set, val_set, Path(args.resume or ""), meta, total)
+              train_set, val_set, Path(args.resume or ""), held, meta, total)
     if checkpoint:
         go_on_from(checkpoint, run)
     if dist.is_initialized():
         distribute(run)
-    if args.compile:
-        run.network = torch.compile(run.network)
     run.folder = own_folder(run)
     describe(run, recipe)
     return run
@@ -369,7 +370,7 @@ def own_folder(run: Run) -> Path:
     folder = [None]
     if run.rank == 0:
         path = run.folder if run.args.resume else new_folder(run.args)
-        run.lock = lock(path)
+        run.lock = run.lock or lock(path)
         for rubbish in path.glob("*.tmp"):  # of a process that was killed
             rubbish.unlink()
         folder = [str(path)]
@@ -460,7 +461,7 @@ def train(args) -> float:
     log = Log(run.folder / "log.csv", run)
     every = args.eval_every or -(-run.total // 5)
     matrix, feed = None, Feed(training_loader(run))
-    with run.lock, machine_faults(run), Signals() as asked, feed:
+    with run.lock or nullcontext(), machine_faults(run), Signals() as asked, feed:
         while True:
             # What a state calls for depends on the state alone: resumed or not.
             last = run.done == run.total
@@ -698,6 +699,7 @@ def save(run: Run, log: Log, name="last.pt") -> None:
     if name == "last.pt":
         save_checkpoint(state, run.folder / name, keep=run.folder / "prev.pt")
         run.saved = run.done, run.evaluated
+        log.catch_up()
     else:
         save_checkpoint(state, run.folder / name)
 
@@ -755,7 +757,7 @@ def newest_checkpoint(folder: Path) -> dict:
     for name in ("last.pt", "prev.pt"):
         try:
             checkpoint = load_checkpoint(folder / name)
-        except UserError as error:
+        except Damaged as error:
             faults.append(str(error))
             continue
         if faults:
@@ -767,18 +769,24 @@ def newest_checkpoint(folder: Path) -> dict:
     raise UserError("; ".join(faults))
 
 
-def resume_point(args) -> dict | None:
-    """The checkpoint to go on from; its arguments stand in for those not given."""
+def resume_point(args):
+    """The checkpoint to go on from, and the folder's lock; None and None without one.
+
+    The arguments of the run stand in for those that are not given.
+    """
     if not args.resume:
-        return None
-    if Path(args.resume).is_file():
-        raise UserError(f"--resume takes a folder: --resume {Path(args.resume).parent}")
-    checkpoint = newest_checkpoint(Path(args.resume))
+        return None, None
+    folder = Path(args.resume)
+    if not folder.is_dir():
+        raise UserError(f"--resume {folder}: no such folder" if not folder.exists() else
+                        f"--resume takes a folder: --resume {folder.parent}")
+    held = lock(folder) if os.environ.get("RANK", "0") == "0" else None
+    checkpoint = newest_checkpoint(folder)
     for name, value in checkpoint["args"].items():
         if name not in args.given:
             setattr(args, name, value)
-    print(f"resuming {args.resume} at iteration {checkpoint['iteration']}")
-    return checkpoint
+    print(f"resuming {folder} at iteration {checkpoint['iteration']}")
+    return checkpoint, held
 
 
 def check_same(checkpoint: dict, now: dict) -> None:
@@ -880,6 +888,8 @@ def machine_faults(run: Run):
             advice = ("a loader process was killed, mostly for want of memory: lower "
                       "--workers or --batch")
         elif "DataLoader timed out" in said:
+            for process in multiprocessing.active_children():
+                process.kill()  # it would not hear anything less
             advice = (f"a loader process said nothing for {data.STUCK} s: a disk that "
                       f"does not answer? Try fewer --workers")
         elif out_of_memory(error):
@@ -987,14 +997,23 @@ class Log:
         self.rows.append({name: str(value) for name, value in row.items()})
         if self.mute:
             return
-        before, self.complete = self.complete, False
-        with not_vital("log.csv") if before else suppress(OSError):
-            if before and self.path.exists():
+        if not self.complete:
+            return self.catch_up()
+        self.complete = False
+        with not_vital("log.csv"):
+            if not self.path.exists():
+                self.write_all()
+            else:
                 with open(self.path, "a", newline="") as file:
                     csv.DictWriter(file, self.columns, restval="").writerow(row)
-            else:
-                self.write_all()
             self.complete = True
+
+    def catch_up(self) -> None:
+        """Rows that did not fit on the disk may do so now."""
+        if not self.complete:
+            with suppress(OSError):
+                self.write_all()
+                self.complete = True
 
     def progress(self, run: Run, rate, loss, terms, feed: Feed) -> None:
         seconds = time.monotonic() - feed.since
@@ -1034,6 +1053,24 @@ class Given(argparse.Action):
         namespace.given = namespace.given | {self.dest}
 
 
+def machine_options(add) -> None:
+    """What changes how fast a run is, not what it is (but for --amp)."""
+    add("--device", help="cpu, cuda or cuda:1 (default: cuda if there is one)")
+    add("--workers", type=int, default=min(8, os.cpu_count() or 1),
+        help="loader processes (default: the cores, at most 8)")
+    add("--cache", nargs=0, default=False,
+        help="keep decoded images in memory, as many as fit into half of it")
+    add("--amp", choices=("off", "bf16", "fp16"), default="off",
+        help="convolutions in 16 bits, the rest in float32 (default off)")
+    add("--accumulate", type=int, default=1, metavar="PARTS",
+        help="a process' images go through the network in so many parts (default 1)")
+    add("--compile", nargs=0, default=False, help="torch.compile the network")
+    add("--tf32", type=int, choices=(0, 1), default=1,
+        help="on a GPU round the factors of float32 products to 10 bits (default 1)")
+    add("--deterministic", nargs=0, default=False,
+        help="repeatable algorithms on a GPU; operations without one are named")
+
+
 def parse(argv=None):
     parser = argparse.ArgumentParser(
         description="Train a method of this library. Without arguments: NRD on "
@@ -1058,25 +1095,12 @@ def parse(argv=None):
     add("--resume", metavar="DIR", help="go on with an interrupted run")
     add("--finetune-from", metavar="PATH", help="begin with the weights of another run")
     add("--seed", type=int, default=0, help="of weights, order and augmentation (0)")
-    add("--device", help="cpu, cuda or cuda:1 (default: cuda if there is one)")
-    add("--workers", type=int, default=min(8, os.cpu_count() or 1),
-        help="loader processes (default: the cores, at most 8)")
-    add("--cache", nargs=0, default=False,
-        help="keep decoded images in memory, as many as fit into half of it")
-    add("--amp", choices=("off", "bf16", "fp16"), default="off",
-        help="convolutions in 16 bits, the rest in float32 (default off)")
-    add("--accumulate", type=int, default=1, metavar="PARTS",
-        help="a process' images go through the network in so many parts (default 1)")
-    add("--compile", nargs=0, default=False, help="torch.compile the network")
-    add("--tf32", type=int, choices=(0, 1), default=1,
-        help="on a GPU round the factors of float32 products to 10 bits (default 1)")
-    add("--deterministic", nargs=0, default=False,
-        help="repeatable algorithms on a GPU; operations without one are named")
     add("--eval-every", type=int, default=0, metavar="STEPS",
         help="evaluate and save every so many steps (default a fifth of the run)")
     add("--save-every", type=int, default=500, metavar="STEPS",
         help="save between evaluations, too (default 500)")
     add("--log-every", type=int, default=20, metavar="STEPS", help="progress line (20)")
+    machine_options(add)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     group = parser.add_argument_group("recipe (default: the method's for the data set)")
     for name, text in RECIPE_HELP.items():

@@ -62,8 +62,9 @@ def test_two_processes_have_the_gradient_of_one(tmp_path, method):
     argv += ["--pretrain", 2, "--lr", 1e-3] if pretrained else []
     output = tmp_path / "said"
     for name, world, parts in (("one", 1, 1), ("two", 2, 1), ("parts", 1, 2)):
-        processes = ranks(world, first_gradients, [*argv, "--accumulate", parts, "--out",
-                          tmp_path / name], tmp_path / f"{name}.pt", output=output)
+        options = [*argv, "--accumulate", parts, "--out", tmp_path / name]
+        processes = ranks(world, first_gradients, options, tmp_path / f"{name}.pt",
+                          output=output)
         assert ended(processes) == [0] * world, output.read_text()[-2000:]
     one, two, parts = (torch.load(tmp_path / f"{name}.pt", weights_only=True)
                        for name in ("one", "two", "parts"))

@@ -224,7 +224,7 @@ def test_upper_bound_trains_scores_and_refuses_pictures(tmp_path, method, capsys
     (["--pretrain", "5"], "nrd has no loss of its own"),
     (["--backbone", "labels"], "has no res2, only res5"),
     (["--bn-images", "1"], "fewer than one batch"),
-    (["--resume", "runs/none"], "no checkpoint runs/none/last.pt"),
+    (["--resume", "runs/none"], "--resume runs/none: no such folder"),
     (["--batch", "1000"], "larger than the training set"),
     (["--weights", "imagnet"], "no such file"),
     (["--backbone", "resnet19"], "unknown backbone"),

@@ -1,0 +1,721 @@
+"""What can go wrong in a run, provoked: each fault costs little and is named."""
+import copy
+import csv
+import math
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import socket
+import time
+import warnings
+from contextlib import contextmanager
+from functools import cache
+
+import pytest
+import torch
+import torchvision
+from torchvision.models.resnet import Bottleneck
+
+import data
+import train
+from common import UserError
+from conftest import THIN, TINY, child, draw_tree
+from evaluate import FORMAT, load_checkpoint
+from test_survival import assert_same, contents, launch, stop_after
+
+FAST = [*TINY, "--crop", "32", "64"]
+SHORT = [*FAST, "--iterations", "4", "--eval-every", "4"]
+GET_MODEL = torchvision.models.get_model  # before it is made thin
+
+
+def hurry(patch):
+    """What `thin` does, and each street is drawn only once."""
+    for name, value in {**THIN, "data.draw_street": DRAWN}.items():
+        patch.setattr(name, value)
+
+
+DRAWN = cache(data.draw_street)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """More are slower for so small networks, and children have one, too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    hurry(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """A run that was stopped after its second step of four, with all its files."""
+    folder = tmp_path_factory.mktemp("original") / "run"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(train.Stopped):
+        hurry(patch)
+        stop_after(2, patch)
+        launch(*SHORT, "--eval-every", 1, "--out", folder)
+    return folder
+
+
+@pytest.fixture
+def stopped(original, tmp_path):
+    """A copy of that run to do anything with."""
+    return shutil.copytree(original, tmp_path / "stopped")
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Of every step that follows: state before, state after, loss."""
+    taken, step = [], train.train_step
+
+    def state(run):
+        return copy.deepcopy({"model": run.model.state_dict(),
+                              "momentum": run.optimizer.state_dict()["state"]})
+
+    def watched(run, *batch):
+        before = state(run)
+        loss, *rest = step(run, *batch)
+        taken.append((before, state(run), loss))
+        return loss, *rest
+    monkeypatch.setattr(train, "train_step", watched)
+    return taken
+
+
+def at_step(patch, number, act):
+    """From now on `act(run)` is called just before that step."""
+    step = train.train_step
+
+    def acted(run, *batch):
+        if run.done + 1 == number:
+            act(run)
+        return step(run, *batch)
+    patch.setattr(train, "train_step", acted)
+
+
+def spoil(patch, bad, change=lambda total: total * math.inf):
+    """From now on the loss of the steps in `bad` is changed."""
+    now, step, loss = [0], train.train_step, train.segmentation_loss
+
+    def numbered(run, *batch):
+        now[0] = run.done + 1
+        return step(run, *batch)
+
+    def spoiled(*args, **options):
+        total, terms = loss(*args, **options)
+        return (change(total) if now[0] in bad else total), terms
+    patch.setattr(train, "train_step", numbered)
+    patch.setattr(train, "segmentation_loss", spoiled)
+
+
+def ended(capsys, code, *argv):
+    """train.py must end with this exit code, without a traceback; what it said."""
+    with pytest.raises(SystemExit) as stop:
+        train.main(list(map(str, argv)))
+    said = capsys.readouterr()
+    assert stop.value.code == code, f"exit code {stop.value.code}: {said.err}"
+    assert "Traceback" not in said.err
+    return said
+
+
+def bytes_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def rows_of(folder):
+    with open(folder / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def assert_finite(state):
+    broken = [name for name, x in state["model"].items() if not x.isfinite().all()]
+    assert not broken, f"not finite: {broken}"
+
+
+def until(condition, what, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"no {what} within {seconds} s"
+        time.sleep(0.005)
+
+
+# --- Signals, to a process of its own ------------------------------------------------
+
+
+def pausing(argv, place, where):
+    """train.main in a child: waits in step two until told to go on, or scores long."""
+    patch, load = pytest.MonkeyPatch(), data.Streets.load
+    os.setpgid(0, 0)
+    hurry(patch)
+
+    def pause(run):
+        (place / "here").touch()
+        until((place / "go").exists, "word to go on")
+
+    def slowly(streets, index):
+        if streets.split == "val":
+            (place / "here").touch()
+            time.sleep(0.05)
+        return load(streets, index)
+    if where == "step":
+        at_step(patch, 2, pause)
+    else:
+        patch.setattr("data.Streets.sizes", {"train": 6, "val": 500})
+        patch.setattr("data.Streets.load", slowly)
+    return train.main(argv)
+
+
+@contextmanager
+def paused(place, where, *more):
+    """A process that is training in place/run and has got there; its output: said."""
+    argv = [*SHORT, *map(str, more), "--out", str(place / "run")]
+    process = child(pausing, argv, place, where, output=str(place / "said"))
+    try:
+        until(lambda: (place / "here").exists() or process.exitcode is not None, where)
+        assert process.exitcode is None, (place / "said").read_text()
+        yield process
+    finally:
+        process.kill()
+        process.join()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_after_its_step(number, tmp_path):
+    """Ctrl-C, or a scheduler's SIGTERM: not even the step that was begun is lost.
+
+    As from a terminal it goes to the loader's processes, too, which the step needs.
+    """
+    with paused(tmp_path, "step", "--workers", 2) as process:
+        os.killpg(process.pid, number)
+        (tmp_path / "go").touch()
+        process.join(20)
+    said = (tmp_path / "said").read_text()
+    assert process.exitcode == 128 + number, said
+    assert f"--resume {tmp_path}/run" in said, "it does not say how to go on"
+    last = load_checkpoint(tmp_path / "run/last.pt")
+    assert last["iteration"] == 2, "the step was cut short, or others followed"
+
+
+def test_a_signal_cuts_an_evaluation_short(tmp_path):
+    """An evaluation may take longer than a scheduler waits: none, rather than half.
+
+    A mIoU over a part of the images would be a wrong number. The resumed run makes up.
+    """
+    with paused(tmp_path, "evaluation", "--eval-every", 2) as process:
+        os.kill(process.pid, signal.SIGTERM)
+        asked = time.monotonic()
+        process.join(20)
+        took = time.monotonic() - asked
+    said = (tmp_path / "said").read_text()
+    assert process.exitcode == 143 and took < 5, f"{took:.1f} s: {said}"
+    assert "mIoU" not in said, "a number from a part of the images"
+    assert load_checkpoint(tmp_path / "run/last.pt")["evaluated"] == 0
+    launch("--resume", tmp_path / "run")
+    rows = [(row["iteration"], bool(row["miou"])) for row in rows_of(tmp_path / "run")]
+    assert rows == [("1", False), ("2", False), ("2", True), ("3", False),
+                    ("4", False), ("4", True)], "the evaluation was not made up for"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_at_once(number, tmp_path):
+    """Whoever asks twice does not want to wait for the step, nor for a file."""
+    with paused(tmp_path, "step") as process:
+        before, said = bytes_of(tmp_path / "run"), tmp_path / "said"
+        os.kill(process.pid, number)
+        until(lambda: "once more to stop at once" in said.read_text(), "answer")
+        os.kill(process.pid, number)
+        process.join(5)
+        assert process.exitcode == -number, "it waits for the step, or has caught it"
+    assert bytes_of(tmp_path / "run") == before
+
+
+def test_one_folder_has_one_run(tmp_path, capsys):
+    """Two runs in a folder would overwrite each other; a dead one's lock is no lock."""
+    with paused(tmp_path, "step") as process:
+        before = bytes_of(tmp_path / "run")
+        said = ended(capsys, 2, "--resume", tmp_path / "run")
+        assert "another process is training in" in said.err
+        said = ended(capsys, 2, *SHORT, "--out", tmp_path / "run")
+        assert "--resume" in said.err and "Traceback" not in said.err
+        assert bytes_of(tmp_path / "run") == before and process.exitcode is None
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    launch("--resume", tmp_path / "run")
+    assert load_checkpoint(tmp_path / "run/last.pt")["iteration"] == 4
+
+
+# --- --resume ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("argv, changes", [
+    (["--method", "sfnet"], [("method", "'nrd'", "'sfnet'")]),
+    (["--lr", "0.5"], [("recipe.lr", "0.05", "0.5")]),
+    (["--seed", "1"], [("seed", "0", "1")]),
+    (["--momentum", "0.5", "--set", "channels=8", "--crop", "64", "64"],
+     [("recipe.momentum", "0.9", "0.5"), ("options.channels", "16", "8"),
+      ("recipe.crop", "[32, 64]", "[64, 64]")]),
+])
+def test_resume_lists_what_has_changed(argv, changes, stopped, capsys):
+    """A run that goes on with another recipe is neither of the two: it is refused."""
+    before = bytes_of(stopped)
+    said = ended(capsys, 2, "--resume", stopped, *argv).err
+    for name, old, new in changes:
+        line = rf"^ +{re.escape(name)} +{re.escape(old)} -> {re.escape(new)}$"
+        assert re.search(line, said, re.M), f"{name} is not listed in: {said}"
+    assert bytes_of(stopped) == before, "a refusal may not touch the run"
+
+
+def test_resume_wants_the_folder(stopped, capsys):
+    """The file is the likeliest slip: the sentence holds the argument to pass."""
+    said = ended(capsys, 2, "--resume", stopped / "last.pt").err
+    assert said.strip().endswith(f"--resume {stopped}")
+
+
+def test_a_finished_run_says_so(stopped, capsys):
+    """Nothing is trained twice: a script that resumes blindly gets a sentence."""
+    launch("--resume", stopped)
+    before = bytes_of(stopped)
+    assert "is finished: 4 of 4 steps" in ended(capsys, 2, "--resume", stopped).err
+    assert bytes_of(stopped) == before
+
+
+def test_workers_and_parts_may_change_on_resume(stopped, capsys):
+    """Another machine has other cores and another memory; the run is the same one."""
+    launch("--resume", stopped, "--workers", 2, "--accumulate", 2)
+    said = capsys.readouterr()
+    assert "at iteration 2" in said.out and "last bits may differ" in said.err
+    assert "1 processes x 2 parts x 2 images" in said.out
+    rows = [row["iteration"] for row in rows_of(stopped) if row["loss"]]
+    assert rows == ["1", "2", "3", "4"], "steps were repeated or left out"
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_processes_share_the_images_of_one_process(world):
+    """Their shares, put together in order, are the batches of a single process."""
+    options = {"start": 3, "stop": 12, "seed": 7}
+    whole = data.Batches(13, 4, **options)
+    shares = [list(data.Batches(13, 4, rank=rank, world=world, **options))
+              for rank in range(world)]
+    together = [sum(parts, []) for parts in zip(*shares)]
+    assert together == [whole.keys(iteration) for iteration in range(3, 12)]
+    assert all(len(set(keys)) == 4 for keys in together)
+
+
+# --- --finetune-from -----------------------------------------------------------------
+
+
+def dropped_and_missing(theirs, own):
+    """The lines that tell which tensors are not taken over, which have no source."""
+    dropped = {f"  dropped: {name} {tuple(x.shape)}, " + (
+        f"{tuple(own[name].shape)} here" if name in own else "not in here")
+        for name, x in theirs.items()
+        if name not in own or own[name].shape != x.shape}
+    return dropped, {f"  not in it, as at the start: {name}" for name in own
+                     if name not in theirs}
+
+
+@pytest.mark.parametrize("method", ["nrd", "sfnet"])
+def test_finetuning_takes_over_what_fits_and_lists_the_rest(
+        method, original, tmp_path, monkeypatch, capsys):
+    """From eleven classes to three: the encoder's weights arrive, to the last bit.
+
+    A tensor that is dropped in silence is a run from scratch that nobody notices.
+    """
+    root, run = draw_tree(tmp_path / "data", "folder", images=4), tmp_path / "run"
+    stop_after(1, monkeypatch)
+    with pytest.raises(train.Stopped):
+        launch(*SHORT, "--method", method, "--dataset", "folder", "--data-root", root,
+               "--finetune-from", original, "--out", run)
+    start = load_checkpoint(run / "prev.pt")
+    theirs, own = load_checkpoint(original)["model"], start["model"]
+    dropped, missing = dropped_and_missing(theirs, own)
+    said = capsys.readouterr().out
+    assert start["iteration"] == 0 and len(start["classes"]) == 3
+    assert f"{len(theirs) - len(dropped)} of {len(own)} tensors taken over" in said
+    assert {line for line in said.splitlines() if "dropped: " in line} == dropped
+    assert {line for line in said.splitlines() if "not in it" in line} == missing
+    assert dropped and bool(missing) == (method == "sfnet")
+    encoder = [name for name in own if name.startswith("encoder.")]
+    assert encoder and all(torch.equal(own[n], theirs[n]) for n in encoder)
+
+
+@pytest.mark.parametrize("backbone", ["labels", "resnet50"])
+def test_finetuning_from_another_backbone_is_refused(backbone, original, tmp_path,
+                                                     monkeypatch, capsys):
+    """Its weights are of no use, even if some tensors, as the first, have one shape."""
+    monkeypatch.setattr("torchvision.models.resnet.BasicBlock", Bottleneck)
+    stop_after(1, monkeypatch)
+    said = ended(capsys, 2, *SHORT, "--method", "nrd:bilinear", "--backbone", backbone,
+                 "--finetune-from", original, "--out", tmp_path / "run").err
+    assert "--backbone" in said and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("damage, sentence", [
+    (lambda state: state.update(format=99), f"format 99, this library reads format "
+                                            f"{FORMAT}"),
+    (lambda state: state["model"]["encoder.stem.0.weight"][0, 0, 0, 0].add_(1e-6),
+     "is damaged (its content does not fit its checksum)")],
+    ids=["another version", "one weight"])
+@pytest.mark.parametrize("how", ["--resume", "--finetune-from"])
+def test_foreign_and_damaged_checkpoints_are_refused(damage, sentence, how, stopped,
+                                                     tmp_path, capsys):
+    """One weight off by a millionth, the file of another version: not used at all."""
+    for name in ("last.pt", "prev.pt", "best.pt"):
+        state = torch.load(stopped / name, weights_only=True)
+        damage(state)
+        torch.save(state, stopped / name)
+    before, more = bytes_of(stopped), [*SHORT, "--out", tmp_path / "new"]
+    said = ended(capsys, 2, *(more if how != "--resume" else []), how, stopped).err
+    assert sentence in said and str(stopped) in said, said
+    assert bytes_of(stopped) == before and not (tmp_path / "new").exists()
+
+
+# --- Loader processes ----------------------------------------------------------------
+
+
+def test_a_killed_loader_process_ends_the_run_with_advice(tmp_path, monkeypatch,
+                                                          capsys):
+    """What the kernel does when memory runs out: no hang, and the cause is named."""
+    def kill(run):
+        for process in multiprocessing.active_children():
+            os.kill(process.pid, signal.SIGKILL)
+    at_step(monkeypatch, 2, kill)
+    said = ended(capsys, 1, *FAST, "--iterations", 40, "--workers", 2, "--out",
+                 tmp_path / "run").err
+    assert "loader process was killed" in said and "--workers" in said
+    assert f"--resume {tmp_path}/run" in said
+    assert load_checkpoint(tmp_path / "run/last.pt")["iteration"] == 0
+
+
+def stuck(argv):
+    """train.main in a child, whose loader process waits for a disk, for ever."""
+    data.STUCK, torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 1, 0.2
+    data.Streets.load = lambda *_: time.sleep(1000)
+    return train.main(argv)
+
+
+def test_a_stuck_loader_process_ends_the_run_with_advice(tmp_path):
+    """A network drive that does not answer: an end with a reason, not a silent night.
+
+    The whole process is gone in seconds, or its job would hold its machine for longer.
+    """
+    argv = [*SHORT, "--workers", "1", "--out", str(tmp_path / "run")]
+    process, started = child(stuck, argv, output=tmp_path / "said"), time.monotonic()
+    process.join(8)
+    took, code = time.monotonic() - started, process.exitcode
+    process.kill()
+    said = (tmp_path / "said").read_text()
+    assert "said nothing for 1 s" in said and "Try fewer --workers" in said
+    assert f"--resume {tmp_path}/run" in said
+    assert code == 1, f"it has given its advice, but not ended after {took:.1f} s"
+
+
+# --- Numbers that are not finite -----------------------------------------------------
+
+
+@pytest.mark.parametrize("more", [[], ["--ohem", 1], ["--accumulate", 2]])
+def test_a_batch_without_a_valid_pixel_has_no_loss(more, tmp_path, monkeypatch, steps):
+    """All void, as in a crop of the car's own bonnet: 0 / 0 would be NaN for ever."""
+    load = data.Streets.load
+
+    def void(streets, index):
+        image, labels = load(streets, index)
+        return image, labels if streets.split == "val" else labels.fill_(255)
+    monkeypatch.setattr("data.draw_street", DRAWN.__wrapped__)
+    monkeypatch.setattr("data.Streets.load", void)
+    launch(*SHORT, *more, "--out", tmp_path)
+    assert [loss for *_, loss in steps] == [0.0] * 4
+    last = load_checkpoint(tmp_path / "last.pt")
+    assert_finite(last)
+    assert last["bad_steps"] == 0, "nothing was wrong with these steps"
+
+
+def nan_in_one_image(patch):
+    """From now on a pixel of one of the four images of step three is NaN."""
+    bad, item = data.Batches(6, 4, start=0, stop=0, seed=0).keys(2)[1], (
+        data.Augmented.__getitem__)
+
+    def damaged(dataset, key):
+        image, labels = item(dataset, key)
+        if key == bad:
+            image[0, 20, 30] = math.nan
+        return image, labels
+    patch.setattr("data.Augmented.__getitem__", damaged)
+
+
+def nan_in_the_gradient(patch):
+    """From now on the loss of step three is what it was, its gradient 0 / 0."""
+    spoil(patch, {3}, lambda total: total + (total * 0).sqrt())
+
+
+@pytest.mark.parametrize("fault", [nan_in_one_image, nan_in_the_gradient])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_bad_step_leaves_no_trace(fault, parts, tmp_path, monkeypatch, steps, capsys):
+    """Weights, momentum and batch norm's statistics are those from before.
+
+    A single NaN in a running mean, which no gradient reaches, would spoil every mIoU.
+    """
+    fault(monkeypatch)
+    launch(*SHORT, "--accumulate", parts, "--out", tmp_path)
+    changed = [any(not torch.equal(x, after["model"][name]) for name, x
+                   in before["model"].items()) for before, after, _ in steps]
+    assert_same(*steps[2][:2], "after the bad step")
+    assert changed == [True, True, False, True], "the steps that moved the model"
+    assert steps[2][0]["momentum"] and capsys.readouterr().out.count("skipped") == 1
+    assert_finite(load_checkpoint(tmp_path / "last.pt"))
+
+
+def break_a_weight(patch):
+    """Before step eleven a weight is lost, as by a fault of the memory."""
+    def lose(run):
+        run.model.encoder.stem[0].weight.data[0, 0, 0, 0] = math.nan
+    at_step(patch, 11, lose)
+
+
+def break_the_loss(patch):
+    """From step eleven on."""
+    spoil(patch, range(11, 99))
+
+
+@pytest.mark.parametrize("fault", [break_a_weight, break_the_loss])
+def test_ten_bad_steps_in_a_row_end_the_run(fault, tmp_path, monkeypatch, steps,
+                                            capsys):
+    """Code 3, and all that is needed to look for the cause; the files are from before.
+
+    The iteration, the learning rate, and the names of the images that it has seen.
+    """
+    fault(monkeypatch)
+    seen, load = [], data.Streets.load
+    monkeypatch.setattr("data.Streets.load", lambda streets, index: (
+        seen.append(streets.name(index)), load(streets, index))[1])
+    said = ended(capsys, 3, *FAST, "--iterations", 24, "--eval-every", 10, "--out",
+                 tmp_path).err
+    last, best = (load_checkpoint(tmp_path / name) for name in ("last.pt", "best.pt"))
+    rate = train.learning_rate(19, last["recipe"], 24)
+    assert "at iteration 20," in said and f"learning rate {rate:.3g};" in said
+    assert f"its images: {', '.join(seen[-4:])}." in said
+    assert last["iteration"] == best["iteration"] == 10
+    assert_finite(best)
+    assert_same(last["model"], steps[9][1]["model"], "last.pt")
+
+
+def test_a_weight_that_is_not_finite_is_not_saved(tmp_path, monkeypatch, capsys):
+    """Of the three files none may be lost to a run that is already broken."""
+    break_a_weight(monkeypatch)
+    said = ended(capsys, 3, *FAST, "--iterations", 24, "--eval-every", 6, "--out",
+                 tmp_path).err
+    assert "encoder.stem.0.weight is not finite at iteration 12" in said
+    for name, iteration in (("last.pt", 6), ("prev.pt", 0)):
+        state = load_checkpoint(tmp_path / name)
+        assert_finite(state)
+        assert state["iteration"] == iteration
+
+
+def test_a_good_step_starts_the_count_anew(tmp_path, monkeypatch, capsys):
+    """Twice nine bad steps are no divergence, if one in between was good."""
+    spoil(monkeypatch, {*range(2, 11), *range(12, 21)})
+    launch(*FAST, "--iterations", 22, "--eval-every", 22, "--out", tmp_path)
+    assert capsys.readouterr().out.count("skipped") == 18
+    assert load_checkpoint(tmp_path)["bad_steps"] == 0
+
+
+def test_the_count_of_bad_steps_survives_a_stop(tmp_path, monkeypatch, capsys):
+    """Else a run that is requeued every few steps would spoil a cluster for weeks."""
+    spoil(monkeypatch, range(2, 99))
+    with monkeypatch.context() as patch, pytest.raises(train.Stopped):
+        stop_after(6, patch)
+        launch(*FAST, "--iterations", 24, "--out", tmp_path)
+    assert "at iteration 11," in ended(capsys, 3, "--resume", tmp_path).err
+
+
+def overflow(total):
+    """The loss itself is finite in float32, its gradient is not in fp16."""
+    return total * 1e30
+
+
+def test_fp16_that_always_overflows_ends_with_advice(tmp_path, monkeypatch, capsys):
+    """The scale is halved until 1, and only then it counts: code 3 and a way out."""
+    spoil(monkeypatch, range(99), overflow)
+    said = ended(capsys, 3, *FAST, "--iterations", 40, "--amp", "fp16", "--out",
+                 tmp_path)
+    assert "--amp bf16" in said.err or "--amp off" in said.err
+    assert said.out.count("overflow in fp16") == 16  # from 2**16 to 1
+    assert "at iteration 26," in said.err, "halving counts, or is not done"
+
+
+def test_one_overflow_in_fp16_is_nothing(tmp_path, monkeypatch, steps, capsys):
+    """It is how the scale is found: halved, the step skipped, and not a bad one."""
+    spoil(monkeypatch, {3}, overflow)
+    at_step(monkeypatch, 1, lambda run: run.scaler.load_state_dict(
+        run.scaler.state_dict() | {"scale": 256.0}))
+    stop_after(3, monkeypatch)
+    with pytest.raises(train.Stopped):
+        launch(*SHORT, "--amp", "fp16", "--out", tmp_path)
+    last = load_checkpoint(tmp_path / "last.pt")
+    assert last["scaler"]["scale"] == 128 and last["bad_steps"] == 0
+    assert_same(*steps[2][:2], "after the overflow")
+    assert capsys.readouterr().out.count("overflow in fp16") == 1
+
+
+# --- The folder and the log ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("below", ["", "run"])
+def test_out_at_or_below_a_file_is_a_mistake(below, tmp_path, capsys):
+    """A mistyped --out is told before the first step, in a sentence."""
+    (tmp_path / "file").write_text("mine")
+    said = ended(capsys, 2, *SHORT, "--out", tmp_path / "file" / below)
+    assert f"cannot make the folder {tmp_path}/file" in said.err
+    assert "loss" not in said.out and (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_that_is_deleted_comes_back(tmp_path, monkeypatch):
+    """Hours of training are still in memory: the next save makes the folder anew."""
+    run = tmp_path / "run"
+    at_step(monkeypatch, 2, lambda _: shutil.rmtree(run))
+    launch(*SHORT, "--save-every", 3, "--out", run)
+    assert load_checkpoint(run / "last.pt")["iteration"] == 4
+    assert [row["iteration"] for row in rows_of(run)] == ["1", "2", "3", "4", "4"]
+
+
+def test_a_folder_may_have_any_name(tmp_path, monkeypatch):
+    """Spaces, umlauts and brackets, which are patterns to a shell, are names here."""
+    run = tmp_path / "Läufe vom [1.] März" / "zweiter"
+    stop_after(2, monkeypatch)
+    with pytest.raises(train.Stopped):
+        launch(*SHORT, "--out", run)
+    (run / "last.tmp").write_text("of a process that was killed")
+    launch("--resume", run)
+    assert load_checkpoint(run / "last.pt")["iteration"] == 4
+    assert not (run / "last.tmp").exists()
+
+
+def test_a_log_that_cannot_be_written_is_made_up_for(tmp_path, monkeypatch, capsys):
+    """A file that is in the way for two rows: one warning, and in the end all rows."""
+    log = tmp_path / "log.csv"
+    at_step(monkeypatch, 2, lambda _: (log.unlink(), log.mkdir()))
+    at_step(monkeypatch, 4, lambda _: log.rmdir())
+    launch(*SHORT, "--out", tmp_path)
+    said = capsys.readouterr().err
+    assert said.count("cannot write log.csv") == 1, said
+    rows = rows_of(tmp_path)
+    assert [row["iteration"] for row in rows] == ["1", "2", "3", "4", "4"]
+    assert rows[-1]["miou"] and not list(tmp_path.glob("*.tmp"))
+
+
+def test_the_share_of_waiting_is_logged_and_advised_once(tmp_path, monkeypatch,
+                                                         capsys):
+    """A GPU that waits for the disk is the commonest waste; more lines do not help."""
+    load = data.Streets.load
+    monkeypatch.setattr("data.Streets.load", lambda streets, index: (
+        time.sleep(0.02), load(streets, index))[1])
+    launch(*SHORT, "--out", tmp_path)
+    said = capsys.readouterr().out
+    advice = [line for line in said.splitlines() if "waiting for images" in line]
+    assert len(advice) == 1, f"said {len(advice)} times"
+    assert "--workers" in advice[0] or "--cache" in advice[0]
+    shares = [float(row["data_share"]) for row in rows_of(tmp_path) if row["loss"]]
+    assert len(shares) == 4 and all(0 <= share <= 1 for share in shares), shares
+    assert max(shares) > 0.3, "it does not wait, it says"
+
+
+# --- Wrong numbers -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("argv, option", [
+    ("--lr 0", "--lr"), ("--lr -1", "--lr"), ("--lr nan", "--lr"),
+    ("--batch 0", "--batch"), ("--crop 8 8", "--crop"), ("--workers -1", "--workers"),
+    ("--log-every 0", "--log-every"), ("--accumulate 0", "--accumulate"),
+    ("--momentum -0.1", "--momentum"), ("--scale 0 1", "--scale"),
+    ("--iterations 5 --warmup 10", "--warmup"), ("--min-lr 1", "--min-lr"),
+    ("--batch 6 --accumulate 4", "--batch"), ("--batch 4 --accumulate 4", "--batch"),
+])
+def test_wrong_numbers_are_named(argv, option, tmp_path, monkeypatch, capsys):
+    """Before anything is opened or made: a sentence with the option's name, code 2."""
+    monkeypatch.chdir(tmp_path)
+    said = ended(capsys, 2, *SHORT, *argv.split()).err
+    assert said.startswith("error: ") and said.count("\n") == 1, said
+    assert re.search(rf"{option}\b", said), f"{option} is not named: {said}"
+    assert not list(tmp_path.iterdir()), "a run that never began left its folder"
+
+
+# --- --cache -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The images that are drawn from now on, in this process, by name."""
+    names, load = [], data.Streets.load
+    monkeypatch.setattr("data.Streets.load", lambda streets, index: (
+        names.append(streets.name(index)), load(streets, index))[1])
+    return names
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_cache_keeps_what_fits_and_reads_the_rest(workers, reads):
+    """With room for two and a half images of six it holds two, and all are right."""
+    streets = data.open_dataset("streets", "train")
+    size = 4 * streets.load(0)[1].numel()
+    cached = data.Cached(streets, workers, limit=5 * size // 2)
+    assert "2 of 6 images in memory" in str(cached) and cached.bytes == 2 * size
+    reads.clear()
+    loaded = [list(cached.load(index)) for index in range(len(cached))]
+    assert reads == [streets.name(index) for index in (2, 3, 4, 5)]
+    assert_same(loaded, [list(streets.load(i)) for i in range(6)], "cached")
+
+
+def test_a_run_with_a_cache_is_the_run_without(tmp_path, reads):
+    """The same bits, with and without loader processes; each image is read once."""
+    launch(*SHORT, "--out", tmp_path / "read")
+    plain = contents(tmp_path / "read")
+    assert len(reads) == 4 * 4 + 2
+    for workers in (0, 2):
+        reads.clear()
+        folder = tmp_path / f"cached{workers}"
+        launch(*SHORT, "--cache", "--workers", workers, "--out", folder)
+        assert_same(plain, contents(folder), f"--cache --workers {workers}")
+        once = 8 if workers == 0 else 0  # .. of which this process sees none
+        assert len(reads) == len(set(reads)) == once, sorted(reads)
+
+
+# --- Others --------------------------------------------------------------------------
+
+
+def test_what_stays_nondeterministic_is_named_once(tmp_path, monkeypatch, capsys):
+    """--deterministic promises what it can: a real operation that has no such variant.
+
+    In a list, not as pages of warnings; and other warnings are as they were.
+    """
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    try:
+        with warnings.catch_warnings(record=True) as shown:
+            warnings.simplefilter("always")
+            train.set_up(torch.device("cpu"), train.parse(["--deterministic"]))
+            for _ in range(2):
+                torch.zeros(4).put_(torch.tensor([0, 1]), torch.ones(2))
+            warnings.warn("another one")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert capsys.readouterr().out.splitlines() == ["stays nondeterministic: put_"]
+    assert [str(each.message) for each in shown] == ["another one"]
+
+
+def test_without_weights_no_network_is_needed(tmp_path, monkeypatch):
+    """A machine without internet trains: --weights none asks nobody for anything."""
+    def offline(*_):
+        raise OSError("no network")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "nothing-in-store"))
+    monkeypatch.setattr(socket.socket, "connect", offline)
+    monkeypatch.setattr(socket, "getaddrinfo", offline)
+    monkeypatch.setattr("torchvision.models.get_model", GET_MODEL)
+    stop_after(1, monkeypatch)
+    with pytest.raises(train.Stopped):
+        launch(*SHORT, "--weights", "none", "--out", tmp_path / "run")
+    with pytest.raises(UserError):
+        launch(*SHORT, "--weights", "imagenet", "--out", tmp_path / "other")
