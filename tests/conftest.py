@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -71,10 +72,10 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["train", "conftest"])
 
 
-def in_child(function, arguments, environment, output):
+def in_child(function, arguments, environment, output, thin):
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # loaders: as in a usual run
-    for name, value in THIN.items():
+    for name, value in THIN.items() if thin else ():
         pytest.MonkeyPatch().setattr(name, value)
     os.environ.update(environment)
     with open(output, "a") as file:
@@ -83,23 +84,34 @@ def in_child(function, arguments, environment, output):
     sys.exit(function(*arguments))
 
 
-def child(function, *arguments, output=os.devnull, **environment):
-    """A started process that runs function(*arguments) with thin networks."""
+def child(function, *arguments, output=os.devnull, thin=True, **environment):
+    """A started process that runs function(*arguments), with thin networks."""
     process = FORKS.Process(target=in_child,
-                            args=(function, arguments, environment, output))
+                            args=(function, arguments, environment, output, thin))
     process.start()
     return process
 
 
-def ranks(world, function, *arguments, output=os.devnull):
+def ranks(world, function, *arguments, output=os.devnull, thin=True):
     """`world` processes as torchrun would start them."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    return [child(function, *arguments, output=output, RANK=str(rank),
+    return [child(function, *arguments, output=output, thin=thin, RANK=str(rank),
                   LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
                   LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="localhost",
                   MASTER_PORT=port) for rank in range(world)]
+
+
+def ended(processes, seconds=60):
+    """The exit codes, once all have ended or the time is up."""
+    deadline = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0, deadline - time.monotonic()))
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return codes
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ def trained(tmp_path_factory):
     before, data.Streets.sizes = data.Streets.sizes, {"train": 6, "val": 3}
     miou = train.train(train.parse(
         ["--batch", "2", "--crop", "64", "96", "--set", "channels=16",
-         "--iterations", "3", "--workers", "0", "--eval-every", "3",
+         "--iterations", "3", "--warmup", "0", "--workers", "0", "--eval-every", "3",
          "--out", str(folder)]))
     yield folder, miou
     data.Streets.sizes = before
@@ -78,10 +78,13 @@ def test_predict_takes_any_picture(trained, tmp_path):
         assert overlay.size[1] > size[1], "no legend below the overlay"
 
 
-def test_a_mistyped_checkpoint_is_an_error_not_a_random_model(trained, tmp_path):
-    done = run("evaluate.py", "score", tmp_path / "bset.pt")
-    assert done.returncode == 2 and "no checkpoint" in done.stderr
-    assert "Traceback" not in done.stderr and "mIoU" not in done.stdout
+def test_a_mistyped_checkpoint_is_an_error_not_a_random_model(trained, tmp_path,
+                                                              capsys):
+    with pytest.raises(SystemExit) as stop:
+        call("score", tmp_path / "bset.pt")
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and "no checkpoint" in said.err
+    assert "mIoU" not in said.out
     whole = (trained[0] / "best.pt").read_bytes()
     for name, content in (("half.pt", whole[:len(whole) // 2]), ("empty.pt", b"")):
         (tmp_path / name).write_bytes(content)

@@ -13,20 +13,9 @@ from torch import nn
 import evaluate
 import train
 from common import UserError, build_model, load_method, methods
-from conftest import ROOT, SMALL, TINY, ranks
+from conftest import ROOT, SMALL, TINY, ended, ranks
 from evaluate import load_checkpoint
 from test_survival import assert_same, contents, launch, stop_after
-
-
-def ended(processes, seconds=60):
-    """The exit codes, once all have ended."""
-    deadline = time.monotonic() + seconds
-    for process in processes:
-        process.join(max(0, deadline - time.monotonic()))
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    return codes
 
 
 def first_gradients(argv, target):

@@ -2,6 +2,7 @@
 import csv
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,16 +11,14 @@ import dupsampling
 import evaluate
 import train
 from common import UserError, build_model, load_method, methods, segmentation_loss
-from conftest import TINY, draw_tree, run
+from conftest import TINY, draw_tree, save
 from evaluate import load_checkpoint, restore
 from test_survival import launch, stop_after
 
 TINY = [*TINY, "--batch", "2", "--warmup", "1"]
 
 
-@pytest.fixture(autouse=True)
-def few_images(monkeypatch):
-    monkeypatch.setattr("data.Streets.sizes", {"train": 6, "val": 2})
+pytestmark = pytest.mark.usefixtures("thin")
 
 
 def weights(path):
@@ -42,8 +41,10 @@ def test_sixteen_bits_lose_little(tmp_path, method, thin):
         assert losses[amp] != losses["off"], f"{amp} is without effect"
 
 
-def test_a_run_leaves_everything_it_promises(tmp_path, capsys):
+def test_a_run_leaves_everything_it_promises(tmp_path, capsys, monkeypatch):
     """config, log, curves, samples, last, best; the number printed is stored too."""
+    for name in ("draw_curves", "sample_sheet"):  # which `thin` leaves out
+        monkeypatch.setattr(train, name, getattr(evaluate, name))
     miou = launch(*TINY, "--iterations", 4, "--eval-every", 2, "--out", tmp_path)
     printed = capsys.readouterr().out
     assert f"mIoU {miou:.4f}" in printed and "2/2 images" in printed
@@ -241,13 +242,16 @@ def test_mistakes_end_in_one_sentence_and_code_2(argv, sentence, capsys, tmp_pat
     assert not (tmp_path / "runs").exists(), "a run that never began left its folder"
 
 
-def test_illegal_label_stops_before_the_first_step(tmp_path):
+def test_illegal_label_stops_before_the_first_step(tmp_path, capsys):
     """A mask of the wrong data set: file, values and cause on one line, exit code 2."""
-    root = draw_tree(tmp_path, "camvid")
+    root = draw_tree(tmp_path / "data", "camvid")
     bad = root / "trainannot" / "0001.png"
-    from PIL import Image
-    Image.new("L", (96, 64), 77).save(bad)
-    done = run("train.py", "--dataset", "camvid", "--data-root", root, "--batch", 2)
-    said = [line for line in done.stderr.splitlines() if "warning: " not in line]
-    assert done.returncode == 2 and len(said) == 1, "one sentence, besides the counts"
+    save(bad, np.full((64, 96), 77, np.uint8))
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--dataset", "camvid", "--data-root", str(root), *TINY,
+                    "--bn-images", "0", "--out", str(tmp_path / "run")])
+    said = [line for line in capsys.readouterr().err.splitlines()
+            if "warning: " not in line]
+    assert stop.value.code == 2 and len(said) == 1, "one sentence, besides the counts"
     assert said[0].startswith(f"error: {bad}: illegal label values 77")
+    assert not (tmp_path / "run").exists()
