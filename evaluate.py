@@ -1190,7 +1190,7 @@ def run_row(folder: Path) -> dict:
                 + [checkpoint.get("train_split", "train")]),
             "set": " ".join(f"{k}={v}" for k, v in checkpoint["options"].items()
                             if k != "channels"),
-            "iterations": checkpoint["iteration"],
+            "iterations": checkpoint["evaluated"],
             "params": cost["params"], "gmacs": cost["gmacs"], "size": size,
             "seed": checkpoint["seed"], "miou": checkpoint["miou"],
             "images_per_s": float(np.median(speeds)) if speeds else float("nan")}

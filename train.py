@@ -898,7 +898,7 @@ def machine_faults(run: Run):
             advice = (f"out of memory at --batch {run.values['batch']} --crop "
                       f"{' '.join(map(str, run.values['crop']))}, peak "
                       f"{memory(run.device):.1f} GB: try {smaller}")
-        elif run.world > 1 and "onnection" in said:
+        elif run.world > 1 and any(word in said for word in ("onnection", "NCCL")):
             advice = "another process of this run has ended; it says why"
         else:
             raise
@@ -1122,6 +1122,9 @@ def main(argv=None) -> int:
             except Stopped as stop:
                 print(stop)
                 code = stop.code
+            except KeyboardInterrupt:  # afterwards Signals takes care
+                print("interrupted before the first step or after the last one")
+                code = 130
     if dist.is_initialized():
         dist.destroy_process_group()
     return code

@@ -11,7 +11,7 @@ import common
 import data
 import evaluate
 import train
-from conftest import run, save
+from conftest import save
 
 
 @pytest.fixture(scope="module")

@@ -719,3 +719,37 @@ def test_without_weights_no_network_is_needed(tmp_path, monkeypatch):
         launch(*SHORT, "--weights", "none", "--out", tmp_path / "run")
     with pytest.raises(UserError):
         launch(*SHORT, "--weights", "imagenet", "--out", tmp_path / "other")
+
+
+def test_out_of_memory_names_a_smaller_setting(tmp_path, monkeypatch, capsys):
+    """Exit 1 with batch, crop and peak: parts of the batch have the same gradient."""
+    def full(*_):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    monkeypatch.setattr(train, "backward", full)
+    said = ended(capsys, 1, *SHORT, "--out", tmp_path / "run").err
+    assert re.search(r"at --batch 4 --crop 32 64, peak .* GB: try --accumulate 2", said)
+    assert load_checkpoint(tmp_path / "run/last.pt")["iteration"] == 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_ends_the_run(workers, tmp_path, monkeypatch, capsys):
+    """Exit 2 and the file's name, also from a loader process; no other takes its place.
+
+    Files are spot-checked before the first step; this one has escaped that.
+    """
+    root = draw_tree(tmp_path / "data", "folder", images=4)
+    bad = root / "train/images/2.jpg"
+    bad.write_bytes(bad.read_bytes()[:300])
+    monkeypatch.setattr(data, "check_some", lambda part: None)
+    said = ended(capsys, 2, *SHORT, "--dataset", "folder", "--data-root", root,
+                 "--workers", workers, "--out", tmp_path / "run").err
+    assert said.startswith(f"error: {bad}: unreadable") and said.count("\n") == 1
+
+
+def test_a_checkpoint_of_another_format_is_not_damaged(stopped, capsys):
+    """The version is wrong, not the file: nothing is moved or overwritten."""
+    state = torch.load(stopped / "last.pt", weights_only=True)
+    torch.save(state | {"format": 99}, stopped / "last.pt")
+    before = bytes_of(stopped)
+    assert "has format 99" in ended(capsys, 2, "--resume", stopped).err
+    assert bytes_of(stopped) == before

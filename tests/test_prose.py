@@ -130,7 +130,7 @@ README = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else 
 COMMANDS = [line.partition("  #")[0].strip() for block in
             re.findall(r"```(?:sh|bash)\n(.*?)```", README, re.S)
             for line in block.replace("\\\n", " ").splitlines()
-            if line.strip().startswith("python ")]
+            if line.strip().startswith(("python ", "torchrun "))]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -139,6 +139,8 @@ def test_readme_commands_are_understood(command):
     for name, value in (("DIR", "some-folder"), ("$m", "nrd"), ("$seed", "0")):
         command = command.replace(name, value)
     words = shlex.split(command)[1:]
+    if command.startswith("torchrun"):  # its own options come first
+        words = words[[word.endswith(".py") for word in words].index(True):]
     if words[0] == "train.py":
         args = train.parse(words[1:])
         train.make_recipe(args)

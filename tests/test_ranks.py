@@ -90,7 +90,7 @@ def train_ranks(argv, rank_to_stop=None, step=0, number=signal.SIGTERM):
 def two_ranks(tmp_path_factory):
     """Four steps by two processes; nobody stops them."""
     folder = tmp_path_factory.mktemp("ranks")
-    settings = [*TINY, "--iterations", 4, "--eval-every", 2, "--bn-images", 4]
+    settings = [*TINY, "--iterations", 4, "--eval-every", 2]
     processes = ranks(2, train_ranks, [*settings, "--out", folder / "whole"],
                       output=folder / "said")
     assert ended(processes) == [0, 0], (folder / "said").read_text()[-2000:]
@@ -98,7 +98,10 @@ def two_ranks(tmp_path_factory):
 
 
 def test_only_the_first_process_talks_and_writes(two_ranks, tmp_path, thin, capsys):
-    """One log, one line per step; the mIoU is that of one process, to the digit."""
+    """One log, one line per step; the mIoU is that of one process, to the digit.
+
+    Each process has running statistics of its own images: rank 0's are everybody's.
+    """
     folder, _ = two_ranks
     said = (folder.parent / "said").read_text()
     assert said.count("best mIoU on val") == 1
