@@ -374,9 +374,10 @@ def own_folder(run: Run) -> Path:
         for rubbish in path.glob("*.tmp"):  # of a process that was killed
             rubbish.unlink()
         folder = [str(path)]
-        needed = 3 * 2 * tensor_bytes(run.model.state_dict())  # with momentum
+        # Weights and momentum; last, prev, best, and the one that is being written.
+        needed = 2 * 4 * tensor_bytes(run.model.state_dict())
         if free_on_disk(path) < needed:
-            print(f"warning: three checkpoints take {needed / 1e9:.2f} GB, "
+            print(f"warning: checkpoints will take {needed / 1e9:.2f} GB, "
                   f"{free_on_disk(path) / 1e9:.2f} GB are free", file=sys.stderr)
     if run.world > 1:
         dist.broadcast_object_list(folder, 0)
