@@ -223,7 +223,7 @@ def two_streets():
 
 @pytest.mark.filterwarnings("ignore:W is random")
 @pytest.mark.parametrize("spec", VARIANTS)
-def test_every_variant_trains_and_evaluates_at_any_size(spec, two_streets):
+def test_every_variant_trains_and_evaluates_at_any_size(spec, two_streets, thin):
     """One step: finite, non-zero gradients everywhere; then 33x65, 65x97, 512x32."""
     known = common.method_options(spec)
     options = {k: 16 for k in ("channels", "controller_channels") if k in known}

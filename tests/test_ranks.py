@@ -12,8 +12,8 @@ from torch import nn
 
 import evaluate
 import train
-from common import UserError, build_model, load_method, methods
-from conftest import ROOT, SMALL, TINY, ended, ranks
+from common import UserError, methods
+from conftest import ROOT, TINY, ended, ranks
 from evaluate import load_checkpoint
 from test_survival import assert_same, contents, launch, stop_after
 
@@ -44,7 +44,8 @@ def first_gradients(argv, target):
 def test_two_processes_have_the_gradient_of_one(tmp_path, method):
     """2 processes x 2 images = 1 x 4 = 1 x 2 parts of 2: the mean over valid pixels.
 
-    Each method under DDP, which stops at a parameter without a gradient.
+    Each method under DDP, which stops at a parameter without a gradient. (That every
+    variant's has one: test_common.py.)
     """
     method, pretrained, _ = method.partition(" ")
     argv = [*TINY, "--method", method, "--iterations", 4]
@@ -64,18 +65,6 @@ def test_two_processes_have_the_gradient_of_one(tmp_path, method):
         for name, gradient in one["gradients"].items():
             assert (gradient - other["gradients"][name]).abs().max() < 1e-4 * largest, (
                 f"{name}: a mean of means?")
-
-
-@pytest.mark.parametrize("name", methods())
-def test_every_parameter_of_every_variant_has_a_gradient(name, thin):
-    """Without one DDP would wait for it, and all processes stand still."""
-    for variant in load_method(name)[0].VARIANTS:
-        model = build_model(f"{name}:{variant}", 5, **SMALL)
-        out = model(torch.randn(2, 3, 64, 64))
-        sum(x.mean() for x in [out["out"], *out["aux"]]).backward()
-        idle = [n for n, p in model.named_parameters()
-                if p.requires_grad and p.grad is None]
-        assert not idle, f"{name}:{variant}: {idle}"
 
 
 def train_ranks(argv, rank_to_stop=None, step=0, number=signal.SIGTERM):
