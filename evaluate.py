@@ -50,16 +50,16 @@ def show_errors(debug: bool = False):
     """User errors end in one sentence and their exit code, without a traceback."""
     try:
         yield
-    except UserError as error:
-        if debug:
-            raise
-        # An error from a loader process arrives inside that process' traceback.
-        said = str(error).rsplit("UserError: ")[-1].strip()
-        rank = os.environ.get("RANK", "0")
-        print(f"[process {rank}] " * (rank != "0") + f"error: {said}", file=sys.stderr)
+    except BaseException as error:
         for each in filter(None, (error, error.__context__)):
             traceback.clear_frames(each.__traceback__)  # loader processes end here
-        sys.exit(error.code)
+        if debug or not isinstance(error, (UserError, KeyboardInterrupt)):
+            raise
+        # An error from a loader process arrives inside that process' traceback.
+        said = str(error).rsplit("UserError: ")[-1].strip() or "interrupted"
+        rank = os.environ.get("RANK", "0")
+        print(f"[process {rank}] " * (rank != "0") + f"error: {said}", file=sys.stderr)
+        sys.exit(getattr(error, "code", 130))
 
 
 # --- Checkpoints ---------------------------------------------------------------------

@@ -1123,9 +1123,6 @@ def main(argv=None) -> int:
             except Stopped as stop:
                 print(stop)
                 code = stop.code
-            except KeyboardInterrupt:  # afterwards Signals takes care
-                print("interrupted before the first step or after the last one")
-                code = 130
     if dist.is_initialized():
         dist.destroy_process_group()
     return code

@@ -177,3 +177,12 @@ def test_explain_draws_the_figure_of_the_paper(trained, tmp_path):
     import nrd
     with pytest.raises(common.UserError, match="has no g"):
         nrd.explain(bilinear.eval(), torch.randn(1, 3, 64, 64))
+
+
+def test_ctrl_c_is_no_traceback(capsys):
+    """Exit 130 and one word; a plain bug keeps its traceback."""
+    with pytest.raises(SystemExit) as stop, evaluate.show_errors():
+        raise KeyboardInterrupt
+    assert stop.value.code == 130 and capsys.readouterr().err == "error: interrupted\n"
+    with pytest.raises(ZeroDivisionError), evaluate.show_errors():
+        1 / 0
