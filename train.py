@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import errno
 import fcntl
 import json
 import math
@@ -412,10 +413,14 @@ def lock(folder: Path):
         file = open(folder / ".lock", "w")
         # Of this kind a lock ends with its process, and the loader's have no share.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
+    except BlockingIOError:
         raise UserError(f"another process is training in {folder}; wait for it, or "
                         f"give another --out") from None
     except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            print(f"warning: {folder} knows no locks; do not start a second run in it",
+                  file=sys.stderr)
+            return file
         raise UserError(f"cannot write in {folder} ({error})") from None
     return file
 
