@@ -864,7 +864,7 @@ class Signals:
     """SIGINT and SIGTERM ask for an end after this step; a second one ends at once."""
 
     def __init__(self):
-        self.signal, self.before = 0, {}
+        self.signal, self.asked, self.before = 0, 0.0, {}
 
     def __enter__(self):
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -872,10 +872,13 @@ class Signals:
         return self
 
     def ask(self, number, frame) -> None:
-        self.signal = number
-        for number in self.before:
+        if not self.signal:
+            self.signal, self.asked = number, time.monotonic()
+            os.write(2, b"\nstopping after this step; once more to stop at once\n")
+        elif time.monotonic() - self.asked > 1:
+            # Sooner it is the same one: SLURM's, which torchrun passes on as well.
             signal.signal(number, signal.SIG_DFL)
-        os.write(2, b"\nstopping after this step; once more to stop at once\n")
+            os.kill(os.getpid(), number)
 
     def __exit__(self, *_):
         for number, handler in self.before.items():

@@ -189,9 +189,12 @@ def paused(place, where, *more):
 def test_a_signal_ends_a_run_after_its_step(number, tmp_path):
     """Ctrl-C, or a scheduler's SIGTERM: not even the step that was begun is lost.
 
-    As from a terminal it goes to the loader's processes, too, which the step needs.
+    As from a terminal it goes to the loader's processes, too, which the step needs. It
+    may come twice: from SLURM, and from torchrun, which passes SLURM's on.
     """
     with paused(tmp_path, "step", "--workers", 2) as process:
+        os.killpg(process.pid, number)
+        time.sleep(0.1)
         os.killpg(process.pid, number)
         (tmp_path / "go").touch()
         process.join(20)
@@ -229,6 +232,7 @@ def test_a_second_signal_ends_at_once(number, tmp_path):
         before, said = bytes_of(tmp_path / "run"), tmp_path / "said"
         os.kill(process.pid, number)
         until(lambda: "once more to stop at once" in said.read_text(), "answer")
+        time.sleep(1.1)
         os.kill(process.pid, number)
         process.join(5)
         assert process.exitcode == -number, "it waits for the step, or has caught it"
