@@ -1,7 +1,8 @@
 """Train any method on any data set: `python train.py`, `python train.py --help`.
 
 From top to bottom: the recipe (which value, and who says so), the pieces of a run
-(model, optimiser, loaders), the loop, checkpoints, and the pictures at the end.
+(model, optimiser, data), the loop (`train`: one screen), what several processes need,
+checkpoints, what can go wrong, the log, the command line.
 
 A run is a folder:
     config.json   what was asked for, and the recipe that came of it
