@@ -229,7 +229,9 @@ def test_out_of_memory_is_said_and_done_again_with_half_the_window(monkeypatch, 
         evaluate.predict_in_memory(model, images, Protocol(), cut)
 
 
-@pytest.mark.parametrize("classes, size", [(19, (1024, 2048)), (150, (683, 1024))])
+@pytest.mark.parametrize("classes, size", [
+    (19, (1024, 2048)),
+    pytest.param(150, (683, 1024), marks=pytest.mark.thorough)])
 def test_large_images_are_scored_in_under_two_gigabytes(classes, size):
     """The process itself, with torch in it, from the operating system's count."""
     done = run("evaluate.py", "memory", "nrd", "--backbone", "resnet18", "--size",
