@@ -992,7 +992,10 @@ class Log:
         if not self.mute:
             if len(self.rows) < run.log_rows:
                 print(f"warning: {path} has lost rows; they stay lost", file=sys.stderr)
-            self.write_all()
+            self.complete = False
+            with not_vital("log.csv"):
+                self.write_all()
+                self.complete = True
 
     def write_all(self) -> None:
         temporary = self.path.with_suffix(".csv.tmp")

@@ -613,6 +613,22 @@ def test_a_log_that_cannot_be_written_is_made_up_for(tmp_path, monkeypatch, caps
     assert rows[-1]["miou"] and not list(tmp_path.glob("*.tmp"))
 
 
+def test_a_run_resumes_even_if_its_log_cannot_be_written(stopped, monkeypatch, capsys):
+    """The disk may still be full of what stopped it: a warning, and rows come later."""
+    replace, begun = os.replace, []
+
+    def full(source, target):
+        if str(target).endswith("log.csv") and not begun:
+            begun.append(target)
+            raise OSError(28, "No space left on device")
+        return replace(source, target)
+    monkeypatch.setattr(os, "replace", full)
+    launch("--resume", stopped)
+    assert capsys.readouterr().err.count("cannot write log.csv") == 1
+    rows = [row["iteration"] for row in rows_of(stopped) if row["loss"]]
+    assert rows == ["1", "2", "3", "4"]
+
+
 def test_the_share_of_waiting_is_logged_and_advised_once(tmp_path, monkeypatch,
                                                          capsys):
     """A GPU that waits for the disk is the commonest waste; more lines do not help."""
