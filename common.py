@@ -1,38 +1,53 @@
-"""What the methods share: encoder, context modules, losses, metrics, cost, build_model.
+"""What the methods share: encoder, context modules, losses, metrics, build_model.
 
-Nothing here belongs to one paper. A reader of `nrd.py` needs that file and this one.
+A reader of a paper's module needs that file and this one, up to the line that says so.
 
     Encoder(images)   -> {"stem", "res2", "res3", "res4", "res5"}
     ASPP(res5)        -> context features at the encoder's output stride
     segmentation_loss -> scalar, and its terms for the log
     ConfusionMatrix   -> mIoU and what goes with it
-    build_model("nrd:bilinear", 19, backbone="resnet50c")
+    build_model("METHOD:VARIANT", 19), and the contract of a method
+
+After that come the parts of a program: what a model costs, checkpoints, processes.
 
 Dimension key: B batch, C channels, K classes, H, W image height and width in pixels,
-h, w the size of a feature map.
+h, w the size of a coarse feature map, q, r that of a finer one.
 """
 from __future__ import annotations
 
-import ast
+import csv
 import difflib
+import hashlib
 import importlib
 import inspect
 import math
-from contextlib import nullcontext
+import os
+import shutil
+import sys
+import traceback
+from contextlib import contextmanager, nullcontext, suppress
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 IGNORE_INDEX = 255  # the only "no label" value in the whole library (uint8 masks)
 
 
 class UserError(Exception):
-    """A mistake in what was asked for, or in the data: one sentence, exit code 2."""
+    """Something that needs a sentence and no traceback, and the program's exit code.
 
-    code = 2
+    2: a mistake in what was asked for, or in the data. train.py lists the others.
+    """
+
+    def __init__(self, message: str, code: int = 2):
+        super().__init__(message)
+        self.code = code
 
 
 # --- Building blocks -----------------------------------------------------------------
@@ -48,22 +63,46 @@ def conv_bn_relu(in_channels: int, out_channels: int, kernel: int = 3, *, stride
 
 
 def separable_conv(in_channels: int, out_channels: int, *, dilation=1) -> nn.Sequential:
-    """Depthwise 3x3 then pointwise 1x1, each with batch norm and ReLU (DeepLabv3+)."""
+    """Depthwise 3x3 then pointwise 1x1, each with batch norm and ReLU."""
     depthwise = conv_bn_relu(in_channels, in_channels, 3, dilation=dilation,
                              groups=in_channels)
     return nn.Sequential(*depthwise, *conv_bn_relu(in_channels, out_channels, 1))
 
 
-def upsample(x: Tensor, factor: int, size: tuple[int, int]) -> Tensor:
-    """Bilinear upsampling by a whole `factor`, then a cut to `size` = (H, W).
+def upsample(x: Tensor, factor: int, size: tuple[int, int] | None = None,
+             rows: tuple[int, int] | None = None) -> Tensor:
+    """Bilinear upsampling by a whole `factor`, then a cut to `size` = (H, W) if given.
 
     A stride-s map of an image has ceil(H/s) rows, so it covers up to s-1 pixels more
     than the image. Those are cut off. Squeezing the map into `size` instead would
     shift the last rows by as many pixels against the encoder's grid.
+
+    `rows` = (lo, hi) gives those rows of the result alone, computed in float32.
     """
+    if rows:
+        lo, hi = rows
+        if factor == 1:
+            return x[..., lo:hi, : size[1]]
+        centres = (torch.arange(lo, hi, dtype=torch.float64) + 0.5) / factor - 0.5
+        x = rows_at(x, centres)
+        x = F.interpolate(x, scale_factor=(1, factor), mode="bilinear")
+        return x[..., : size[1]]
     if factor > 1:
         x = F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
-    return x[..., : size[0], : size[1]]
+    return x[..., : size[0], : size[1]] if size else x
+
+
+def rows_at(x: Tensor, positions: Tensor) -> Tensor:
+    """Rows of x (B, C, q, r) at fractional `positions` (n,): (B, C, n, r), in float32.
+
+    Position 0.25 is three parts of row 0 and one part of row 1. Positions beyond the
+    first or the last row mean that row.
+    """
+    positions = positions.clamp(0, x.shape[-2] - 1)
+    above = positions.long()
+    below = (above + 1).clamp(max=x.shape[-2] - 1)
+    weight = (positions - positions.floor()).float()[:, None].to(x.device)
+    return torch.lerp(x[..., above, :].float(), x[..., below, :].float(), weight)
 
 
 def repeat_border(x: Tensor, rows: int, columns: int) -> Tensor:
@@ -78,17 +117,6 @@ def repeat_border(x: Tensor, rows: int, columns: int) -> Tensor:
         last = x[..., -1:, :].expand(*x.shape[:-2], rows, x.shape[-1])
         x = torch.cat([x, last], dim=-2)
     return x
-
-
-def downsample(x: Tensor, factor: int, size: tuple[int, int]) -> Tensor:
-    """Bilinear downsampling by a whole `factor` to `size`: upsample's way back.
-
-    The far border is repeated where the last coarse cell reaches past the map.
-    """
-    (H, W), (h, w) = x.shape[-2:], size
-    x = repeat_border(x, h * factor - H, w * factor - W)
-    return F.interpolate(x, scale_factor=1 / factor, mode="bilinear",
-                         align_corners=False)
 
 
 def one_hot(labels: Tensor, num_classes: int) -> Tensor:
@@ -111,11 +139,12 @@ def full_precision(x: Tensor):
 STEMS = {"": None, "c": (32, 32, 64), "s": (64, 64, 128)}
 BACKBONES = tuple(f"resnet{n}{s}" for n in (18, 50, 101) for s in STEMS)
 BACKBONES += ("resnext101_64x4d", "shufflenet_v2_x1_5")
+LABELS = "labels"  # the backbone of an upper bound: it reads the ground truth
 
 
 def split_backbone(backbone: str) -> tuple[str, tuple[int, ...] | None]:
     """'resnet50c' -> torchvision's name 'resnet50' and the widths of its deep stem."""
-    if backbone == "labels":
+    if backbone == LABELS:
         Res5Only()["res2"]
     if backbone not in BACKBONES:
         raise UserError(f"unknown backbone {backbone!r}; known: {', '.join(BACKBONES)}")
@@ -232,7 +261,7 @@ class Encoder(nn.Module):
     `channels[name]` gives each stage's width. The suffix of a ResNet's name chooses the
     stem: 'resnet50' torchvision's 7x7 (it has ImageNet weights), 'resnet50c' three 3x3
     (32, 32, 64), 'resnet50s' three 3x3 (64, 64, 128). `ceil_mode` lets the pooling
-    keep a last odd column: 512 -> 257 instead of 256 (SFNet).
+    keep a last odd column: 512 -> 257 instead of 256.
     """
 
     def __init__(self, backbone: str = "resnet50", *, weights="none", output_stride=32,
@@ -241,6 +270,7 @@ class Encoder(nn.Module):
         name, stem = split_backbone(backbone)
         if output_stride not in (8, 16, 32):
             raise UserError(f"output_stride {output_stride!r}: must be 32, 16 or 8")
+        self.in_channels = 3
         net = torchvision.models.get_model(name, weights=None)
         if stem:
             replace_stem(net, stem)
@@ -264,9 +294,10 @@ class Encoder(nn.Module):
 class LabelEncoder(nn.Module):
     """Five 3x3 convolutions over the one-hot *ground truth*, --backbone labels.
 
-    The upper-bound experiment of DUpsampling (Table 1, mIoU*): with nothing left to
-    recognise, what is still wrong is what the decoder cannot draw. (B, K, H, W) ->
-    {"res5": (B, 512, H/32, W/32)}; at 16 the last has stride 1. The widths are ours.
+    An upper bound: with nothing left to recognise, what is still wrong is what the
+    decoder cannot draw from a coarse map. (B, K, H, W) -> {"res5": (B, 512, H/32,
+    W/32)}; at output stride 16 the last has stride 1. There is no finer stage, which
+    would give the answer away. What feeds it: `data.network_input`.
     """
 
     def __init__(self, num_classes: int, *, output_stride=32):
@@ -275,7 +306,7 @@ class LabelEncoder(nn.Module):
             raise UserError(f"output_stride {output_stride!r}: for labels, 32 or 16")
         widths = (num_classes, 32, 64, 128, 256, 512)
         strides = (2, 2, 2, 2, output_stride // 16)
-        self.num_classes, self.output_stride = num_classes, output_stride
+        self.in_channels, self.output_stride = num_classes, output_stride
         self.channels, self.loaded = Res5Only(res5=512), "reads the ground truth"
         self.layers = nn.Sequential(*(conv_bn_relu(i, o, stride=s) for i, o, s in
                                       zip(widths, widths[1:], strides)))
@@ -288,36 +319,28 @@ class Res5Only(dict):
     """Widths of a LabelEncoder: a decoder that asks for another stage is told why."""
 
     def __missing__(self, stage: str):
-        raise UserError(f"--backbone labels has no {stage}, only res5: enough for "
-                        f"{{dupsampling,nrd}}:bilinear, dupsampling:no-fusion and "
-                        f"nrd:no-guidance")
+        raise UserError(f"--backbone {LABELS} has no {stage}, only res5: choose a "
+                        f"variant whose decoder reads res5 alone")
 
 
 def make_encoder(backbone: str, num_classes: int, *, weights="none",
                  output_stride=32) -> nn.Module:
     """Encoder or LabelEncoder, for methods some of whose decoders read res5 alone."""
-    if backbone == "labels":
+    if backbone == LABELS:
         return LabelEncoder(num_classes, output_stride=output_stride)
     return Encoder(backbone, weights=weights, output_stride=output_stride)
-
-
-def network_input(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """What the encoder reads: the images, or for a LabelEncoder the labels."""
-    if isinstance(model.encoder, LabelEncoder):
-        return one_hot(labels, model.encoder.num_classes)
-    return images
 
 
 # --- Context modules and the auxiliary head ------------------------------------------
 
 
 class ASPP(nn.Module):
-    """Atrous spatial pyramid pooling (DeepLabv3, Sec. 3.3): one map, five views of it.
+    """Atrous spatial pyramid pooling (arXiv:1706.05587, Sec. 3.3): five views of a map.
 
     1x1, three dilated 3x3 and the global average, each to `channels`; concatenated and
-    projected back to `channels` by a `projection` x `projection` convolution. NRD and
-    its DeepLabv3+ rival project with 3x3 (mmsegmentation), DeepLabv3 with 1x1.
-    `separable` splits the dilated 3x3 into depthwise and pointwise (DeepLabv3+).
+    projected back to `channels` by a `projection` x `projection` convolution: 1x1 in
+    that paper, 3x3 in mmsegmentation. `separable` splits the dilated 3x3 into depthwise
+    and pointwise.
     """
 
     def __init__(self, in_channels: int, channels: int, *, rates=(3, 6, 9),
@@ -444,7 +467,7 @@ class ConfusionMatrix:
     def miou(self, *, absent=math.nan) -> float:
         """Mean IoU over the classes that occur; an error if no pixel was valid.
 
-        absent=0 counts the others, as PyTorch-Encoding (and EfficientFCN's code) does.
+        absent=0 counts the others, as PyTorch-Encoding's evaluator does.
         """
         if self.counts.sum() == 0:
             raise UserError("no valid pixel was scored: are all labels 255?")
@@ -473,21 +496,6 @@ class ConfusionMatrix:
                 f"{self.images}/{expected_images} images)")
 
 
-# --- Published numbers --------------------------------------------------------------
-
-def published(table, variant, backbone, size, classes, gmacs, **more) -> dict:
-    """One row of a paper's table: GMACs of the whole network at `size`, mIoU in %.
-
-    What `evaluate.py cost` reads of the rest: `decoder`, GMACs of the decoder; `rule`,
-    the counter that the paper used; `params` in millions, of which `unused` belong to
-    layers that no image passes, without the auxiliary heads if `aux` is False;
-    `options` on top of the variant's; `why` the number is not reproduced. A row of
-    `variant` None is a network that is not built here, `name` says which.
-    """
-    return {"table": table, "variant": variant, "backbone": backbone, "size": size,
-            "classes": classes, "gmacs": gmacs, **more}
-
-
 # --- Pictures of tensors -------------------------------------------------------------
 
 
@@ -510,22 +518,34 @@ def label_colours(palette, num_classes: int) -> Tensor:
     return torch.tensor(made_up if palette is None else palette)
 
 
-# --- build_model ---------------------------------------------------------------------
+# --- Methods by name -----------------------------------------------------------------
+
+FOLDER = Path(__file__).parent  # where the paper modules are
 
 
 def methods() -> list[str]:
-    """Every paper module: a file beside this one that states what was PUBLISHED."""
-    here = Path(__file__).parent.glob("*.py")
-    return sorted(p.stem for p in here if "\nPUBLISHED" in p.read_text())
+    """Every paper module: a file beside this one with VARIANTS and `build`."""
+    texts = {path.stem: path.read_text(encoding="utf-8")
+             for path in FOLDER.glob("*.py")}
+    return sorted(name for name, text in texts.items()
+                  if "\nVARIANTS" in text and "\ndef build(" in text)
 
 
 def load_method(spec: str) -> tuple[object, dict]:
-    """'nrd:bilinear' -> (module nrd, options of its row 'bilinear')."""
+    """'METHOD:VARIANT' -> (the module, the options of that row of its tables)."""
     name, _, variant = spec.partition(":")
     if name not in methods():
+        if (FOLDER / f"{name}.py").is_file():
+            raise UserError(f"{name}.py is no method yet: a method has VARIANTS = "
+                            f"{{'default': {{}}}} and a function build; see "
+                            f"build_model in common.py")
         raise UserError(f"unknown method {name!r}{did_you_mean(name, methods())}; "
                         f"known: {', '.join(methods())}")
     module = importlib.import_module(name)
+    lost = {"backbone", "weights"} - set(inspect.signature(module.build).parameters)
+    if "default" not in module.VARIANTS or lost:
+        raise UserError(f"{name}.py: VARIANTS needs an entry 'default', and build the "
+                        f"arguments (num_classes, *, backbone, weights, ..)")
     if (variant or "default") not in module.VARIANTS:
         raise UserError(f"{name} has no variant {variant!r}"
                         f"{did_you_mean(variant, module.VARIANTS)}; it has: "
@@ -547,35 +567,342 @@ def method_options(spec: str) -> dict:
     return defaults | variant
 
 
-def parse_options(spec: str, pairs: list[str]) -> dict:
-    """['hidden_channels=32'] -> {'hidden_channels': 32}, names and types checked."""
-    known, options = method_options(spec), {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals or key not in known:
-            raise UserError(
-                f"--set {pair}: {spec} has no option {key!r}{did_you_mean(key, known)};"
-                f" it has: {', '.join(f'{k}={v!r}' for k, v in known.items())}")
-        try:
-            value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            value = text
-        if known[key] is not None and type(value) is not type(known[key]):
-            raise UserError(f"--set {pair}: {key} is a {type(known[key]).__name__} "
-                            f"(default {known[key]!r}), got {text!r}")
-        options[key] = value
-    return options
+def check_option(spec: str, key: str) -> None:
+    """A sentence with the right names if the method has no such option."""
+    known = method_options(spec)
+    if key not in known:
+        raise UserError(f"{spec} has no option {key!r}{did_you_mean(key, known)}; it "
+                        f"has: {', '.join(f'{k}={v!r}' for k, v in known.items())}")
 
 
 def build_model(spec: str, num_classes: int, *, backbone="resnet50", weights="none",
                 **options) -> nn.Module:
     """Build 'module:variant'. `options` go on top of the variant's own.
 
-    model(images (B, 3, H, W)) -> {"out": logits (B, K, H, W), "aux": [logits, ...]},
-    for any H, W >= 32; `aux` is filled in training only.
+    This is the contract of a method, the whole of what a file beside this one must
+    offer to be trained, scored and counted by the programs:
+
+        VARIANTS          {name: options of build}, with "default"
+        build(num_classes, *, backbone, weights, **options) -> nn.Module
+        model(images (B, 3, H, W)) -> {"out": logits (B, K, H, W), "aux": [logits, ..]}
+                          any H, W >= 32, any B >= 1 in eval; aux in training only
+
+    What it may offer, and what stands in where it is missing:
+
+        model.decode(images) -> native, aux    `forward` in two steps, so that a large
+        model.to_pixels(native, (H, W), rows)  image is enlarged by strips of rows, with
+                          rows = (lo, hi); else `forward` makes whole logits: more
+                          memory, the same numbers
+        model.encoder, .context, .decoder, .aux_heads
+                          parts for cost and learning rates; else it is one part
+        RECIPES           {data set: {name: (value, source)}}; else train.py's own
+        FROM_SCRATCH      options of build in train.py's own recipes; else none
+        prepare(model, label_maps, progress) -> line for the log, before step one
+        pretrain_loss(model, images, labels) -> loss of the first --pretrain steps
+        explain(model, image, palette) -> figure; else there is nothing to explain
+        results/published.csv: rows that `evaluate.py cost` compares with
+
+    Whether a model keeps it is tried at once, with one small image.
     """
+    if not 1 <= num_classes <= IGNORE_INDEX:
+        raise UserError(f"num_classes={num_classes}: class ids are bytes and "
+                        f"{IGNORE_INDEX} is no class, so 1 to {IGNORE_INDEX}")
+    for key in options:
+        check_option(spec, key)
     module, variant = load_method(spec)
     model = module.build(num_classes, backbone=backbone, weights=weights,
                          **(variant | options))
     model.num_classes = num_classes
+    fault = broken_contract(model)
+    if fault:
+        raise UserError(f"{spec}: {fault}; see build_model in common.py")
     return model
+
+
+@torch.no_grad()
+def broken_contract(model: nn.Module) -> str:
+    """What a new model does otherwise than build_model says; "" if nothing.
+
+    The image has an odd size: there a wrong enlargement shows.
+    """
+    size, K, parameter = (33, 65), model.num_classes, next(model.parameters())
+    shape = 1, input_channels(model), *size
+    images = torch.linspace(-2, 2, math.prod(shape), device=parameter.device)
+    images, was_training = images.reshape(shape), model.training
+    outputs = model.eval()(images)
+    if not isinstance(outputs, dict) or set(outputs) != {"out", "aux"}:
+        return 'forward must give {"out": logits, "aux": [..]}'
+    if outputs["out"].shape != (1, K, *size) or outputs["aux"]:
+        return (f"in eval, for {size[0]}x{size[1]} pixels, out must be {(1, K, *size)} "
+                f"and aux empty; they are {tuple(outputs['out'].shape)} and "
+                f"{len(outputs['aux'])} maps")
+    two_steps = [hasattr(model, name) for name in ("decode", "to_pixels")]
+    if sum(two_steps) == 1:
+        return "decode and to_pixels belong together, one of them is missing"
+    if all(two_steps):
+        native, _ = model.decode(images)
+        for rows in (None, (9, 20)):
+            part = model.to_pixels(native, size, rows)
+            whole = outputs["out"][:, :, slice(*rows) if rows else slice(None)]
+            if part.shape != whole.shape or not (
+                    part.is_meta or torch.allclose(part, whole, rtol=1e-3, atol=1e-4)):
+                return (f"to_pixels(native, {size}, rows={rows}) is not what forward "
+                        f"gives; forward must be decode, then to_pixels")
+    model.train(was_training)
+    return ""
+
+
+def input_channels(model: nn.Module) -> int:
+    """Channels that the encoder reads: 3, or the classes for an upper bound."""
+    return getattr(getattr(model, "encoder", None), "in_channels", 3)
+
+
+# =====================================================================================
+# A reader of the papers may stop here. What follows is for the programs.
+# =====================================================================================
+
+# --- Cost ----------------------------------------------------------------------------
+
+PARTS = ("encoder", "context", "decoder", "aux_heads")
+
+
+def published(method: str) -> list[dict[str, str]]:
+    """The rows of results/published.csv, one per number, for a method's variants."""
+    path = FOLDER / "results" / "published.csv"
+    with open(path, newline="", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file)
+                if row["method"].partition(":")[0] == method]
+
+
+def shapes_only(spec: str, num_classes: int, size: tuple[int, int], *,
+                backbone="resnet50", **options) -> tuple[nn.Module, Tensor]:
+    """A model in eval mode and an image on torch's meta device: no memory needed."""
+    with torch.device("meta"):
+        model = build_model(spec, num_classes, backbone=backbone, **options).eval()
+        return model, torch.empty(1, input_channels(model), *size)
+
+
+def count_cost(model: nn.Module, images: Tensor, *,
+               divisions=False) -> dict[str, dict[str, float]]:
+    """Parameters (millions) and multiply-adds (GMACs) of each part, and in total.
+
+    The papers' "GFLOPs" are multiply-adds, too. Counted by torch's own counter, which
+    does not see batch norm, ReLU, pooling and interpolation, under 0.5 % here; nor
+    `divisions`, unless asked to. What belongs to no other part is the decoder's.
+    """
+    per_element = lambda *_, out_shape, **__: 2 * math.prod(out_shape)
+    more = {torch.ops.aten.div: per_element} if divisions else {}
+    counter = FlopCounterMode(display=False, custom_mapping=more)
+    with counter, torch.no_grad():
+        model(images)
+    counts, root = counter.get_flop_counts(), type(model).__name__
+    products = lambda name: sum(counts.get(name, {}).values()) / 2e9
+    size = lambda module: sum(p.numel() for p in module.parameters()) / 1e6
+    total = {"params": size(model), "gmacs": products("Global")}
+    if not all(hasattr(model, part) for part in PARTS):
+        return {"model": total, "total": total}
+    cost = {part: {"params": size(getattr(model, part)),
+                   "gmacs": products(f"{root}.{part}")}
+            for part in PARTS if part != "decoder"}
+    rest = {key: total[key] - sum(part[key] for part in cost.values()) for key in total}
+    return {part: cost.get(part, rest) for part in PARTS} | {"total": total}
+
+
+def print_costs(method: str, size: tuple[int, int], *, backbone="resnet50c") -> None:
+    """The cost of every variant of a method on one encoder, for its demo."""
+    print(f"{'variant':<24}{'decoder GMACs':>15}{'total GMACs':>13}{'params':>9}"
+          f"   at {size[0]}x{size[1]}, {backbone}, 19 classes")
+    for variant in load_method(method)[0].VARIANTS:
+        cost = count_cost(*shapes_only(f"{method}:{variant}", 19, size,
+                                       backbone=backbone))
+        print(f"{variant:<24}{cost['decoder']['gmacs']:>15.2f}"
+              f"{cost['total']['gmacs']:>13.2f}{cost['total']['params']:>8.2f}M")
+
+
+# --- Checkpoints ---------------------------------------------------------------------
+
+FORMAT = 3  # 2 had no log in it
+
+
+class Damaged(UserError):
+    """A checkpoint that is not there, or not as it was written."""
+
+
+def checkpoint_file(path: str | Path) -> Path:
+    """A run folder stands for its last.pt; best.pt is to be named."""
+    path = Path(path)
+    path = path / "last.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise Damaged(f"no checkpoint {path}; give a run folder or a .pt file of it")
+    return path
+
+
+def checksum(value, digest=None) -> str:
+    """SHA-256 of all that a checkpoint holds: names, numbers, the bytes of tensors.
+
+    torch.load reads a file with a flipped bit without a word: weights are just other.
+    """
+    digest = digest or hashlib.sha256()
+    if isinstance(value, Tensor):
+        digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    elif isinstance(value, dict):
+        digest.update(b"{")
+        for key, content in value.items():
+            checksum(key, digest)
+            checksum(content, digest)
+    elif isinstance(value, (list, tuple)):
+        digest.update(f"[{len(value)}".encode())
+        for content in value:
+            checksum(content, digest)
+    else:
+        digest.update(f"{value!r};".encode())
+    return digest.hexdigest()
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """A checkpoint's content, verified; a run folder stands for its last.pt."""
+    path = checkpoint_file(path)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen kinds for a damaged file
+        said = str(error).splitlines()[0] if str(error) else type(error)
+        raise Damaged(f"{path} is damaged or not a checkpoint ({said})") from None
+    if not isinstance(checkpoint, dict) or "format" not in checkpoint:
+        raise Damaged(f"{path} is not a checkpoint of this train.py")
+    if checkpoint["format"] != FORMAT:
+        raise UserError(f"{path} has format {checkpoint['format']}, this library reads "
+                        f"format {FORMAT}; use the version that wrote it")
+    if checkpoint.pop("sha256", None) != checksum(checkpoint):
+        raise Damaged(f"{path} is damaged (its content does not fit its checksum)")
+    return checkpoint
+
+
+def save_checkpoint(state: dict, path: Path, *, keep: Path | None = None) -> None:
+    """Write beside, flush, read back, rename: `path` is the old or the new, never half.
+
+    Killed at any moment it leaves a whole one, if only in `keep`: between two renames.
+    """
+    temporary = path.with_suffix(".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            torch.save(state | {"sha256": checksum(state)}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        load_checkpoint(temporary)  # what the disk has, not what was meant
+        if keep and path.exists():
+            os.replace(path, keep)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, UserError) as error:  # torch's zip writer: Runtime..
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"cannot write {path} ({str(error).splitlines()[0]}); it takes "
+            f"{tensor_bytes(state) / 1e9:.2f} GB and {free_on_disk(path) / 1e9:.2f} GB "
+            f"are free; the older checkpoint is untouched", code=4) from None
+    with suppress(OSError):  # Windows and some network drives cannot
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # the names, too, survive a power cut
+        os.close(folder)
+
+
+def tensor_bytes(state) -> int:
+    """Bytes of all tensors in nested dicts, about the size of the file."""
+    if isinstance(state, Tensor):
+        return state.numel() * state.element_size()
+    return sum(map(tensor_bytes, state.values())) if isinstance(state, dict) else 0
+
+
+def make_folder(folder: str | Path) -> Path:
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder} ({error}); give another "
+                        f"--out") from None
+    return Path(folder)
+
+
+def free_on_disk(path: Path) -> int:
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def restore(checkpoint: dict, device="cpu") -> nn.Module:
+    """The trained model, in eval mode; strict: every tensor must fit."""
+    model = build_model(checkpoint["method"], len(checkpoint["classes"]),
+                        backbone=checkpoint["backbone"], **checkpoint["options"])
+    model.load_state_dict(checkpoint["model"])
+    return model.to(device, memory_format=torch.channels_last).eval()
+
+
+# --- Processes, machines, errors -----------------------------------------------------
+
+# How long a process waits for one that is stuck. One that dies is noticed at once.
+PATIENCE = timedelta(minutes=10)
+
+
+def join_processes(device: str) -> str:
+    """Under torchrun: meet the other processes; the device that is this one's."""
+    if "WORLD_SIZE" not in os.environ:
+        return device
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo",
+                            timeout=PATIENCE)
+    return device
+
+
+def rank_and_world() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def autocast(device, amp: str):
+    """--amp bf16, fp16: products and convolutions in 16 bits; weights stay float32.
+
+    What 16 bits would spoil leaves by itself (`full_precision`, and every loss): each
+    place says why.
+    """
+    kind = torch.float16 if amp == "fp16" else torch.bfloat16
+    return torch.autocast(torch.device(device).type, kind, enabled=amp != "off")
+
+
+def out_of_memory(error: Exception) -> bool:
+    said = str(error).lower()  # a GPU's is a RuntimeError: "CUDA out of memory. Tried"
+    return (isinstance(error, MemoryError) or "allocate memory" in said
+            or "out of memory" in said)
+
+
+def peak_memory(device) -> float:
+    """Peak memory in GB (10^9 bytes): of the GPU if there is one, else of this process.
+
+    NaN on Windows, which has no such count in Python's library.
+    """
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:
+        return math.nan
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9  # KiB on Linux
+
+
+@contextmanager
+def show_errors(debug: bool = False):
+    """A UserError ends in its sentence and its exit code, without a traceback."""
+    try:
+        yield
+    except BaseException as error:
+        for each in filter(None, (error, error.__context__)):
+            traceback.clear_frames(each.__traceback__)  # loader processes end here
+        if debug or not isinstance(error, (UserError, KeyboardInterrupt)):
+            raise
+        # An error from a loader process arrives inside that process' traceback.
+        said = str(error).rsplit("UserError: ")[-1].strip() or "interrupted"
+        rank = os.environ.get("RANK", "0")
+        who = "" if rank == "0" else f"[process {rank}] "
+        print(f"{who}error: {said}", file=sys.stderr)
+        sys.exit(getattr(error, "code", 130))

@@ -19,10 +19,15 @@ later line knows about Cityscapes' 34 ids or ADE20K's zero.
 
 Randomness: sample i of epoch e is seeded from (seed, epoch, i) alone. It is the same
 picture with the same augmentation for any number of workers, and after a restart.
+
+From top to bottom: what a data set is, reading files, the published sets' classes and
+where their files are, augmentation, loaders, the command that checks a data set, and at
+the end a picture book: how `streets` is drawn.
 """
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -41,7 +46,7 @@ from torchvision import tv_tensors
 from torchvision.datasets import Cityscapes, VOCSegmentation, voc
 from torchvision.transforms import v2
 
-from common import IGNORE_INDEX, UserError
+from common import IGNORE_INDEX, UserError, one_hot, show_errors
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB in 0..1
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
@@ -141,9 +146,20 @@ def open_image(path: Path) -> Image.Image:
 
 
 def read_image(path: Path) -> Tensor:
-    """Any image, grey, palette, RGBA or EXIF-rotated, as RGB (3, H, W) uint8."""
-    image = ImageOps.exif_transpose(open_image(path)).convert("RGB")
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    """Any image, grey, palette, RGBA or EXIF-rotated, as RGB (3, H, W) uint8.
+
+    Of 16-bit grey the upper 8 bits are taken; PIL's own conversion would make all above
+    255 white. Float and 32-bit images have no known range and are refused.
+    """
+    image = ImageOps.exif_transpose(opened := open_image(path))
+    deep = image.mode.startswith("I;16") or (  # older versions of PIL call it I
+        image.mode == "I" and opened.format == "PNG")
+    if deep:
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise UserError(f"{path}: an image of 32-bit numbers (mode {image.mode}) has "
+                        f"no known range; save it with 8 or 16 bits")
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 def read_mask(path: Path) -> np.ndarray:
@@ -152,6 +168,9 @@ def read_mask(path: Path) -> np.ndarray:
     Converting a palette mask ("P") to grey would replace ids by brightness.
     """
     mask = open_image(path)
+    if mask.format == "JPEG":
+        raise UserError(f"{path}: a JPEG mask; its compression makes up ids at every "
+                        f"border between classes. Save masks as PNG")
     if mask.mode not in ("L", "P", "1"):
         deep = mask.mode.startswith(("I", "F"))
         raise UserError(
@@ -287,13 +306,33 @@ def legend(info, width: int) -> np.ndarray:
     entries.append(("ignored", ignored_colour(info.palette)))
     column = 26 + max(int(font.getlength(name)) for name, _ in entries)
     columns = max(1, width // column)
-    strip = Image.new("RGB", (width, 20 * -(-len(entries) // columns) + 4), "white")
+    rows = math.ceil(len(entries) / columns)
+    strip = Image.new("RGB", (width, 20 * rows + 4), "white")
     pen = ImageDraw.Draw(strip)
     for i, (name, colour) in enumerate(entries):
         x, y = i % columns * column + 4, i // columns * 20 + 4
         pen.rectangle((x, y, x + 13, y + 13), fill=tuple(colour), outline="grey")
         pen.text((x + 18, y - 1), name, fill="black", font=font)
     return np.array(strip)
+
+
+def mosaic(rows: list[list[np.ndarray]], info, *, titles=()) -> Image.Image:
+    """Rows of pictures (h, w, 3) on white, titles above the columns, a legend below."""
+    width = max(200, *(sum(tile.shape[1] + 4 for tile in row) for row in rows))
+    heights = [max(tile.shape[0] for tile in row) + 4 for row in rows]
+    top, strip = 20 if titles else 0, Image.fromarray(legend(info, width))
+    sheet = Image.new("RGB", (width, top + sum(heights) + strip.height), "white")
+    for i, title in enumerate(titles):
+        ImageDraw.Draw(sheet).text((i * width // len(titles) + 4, 2), title,
+                                   fill="black", font=ImageFont.load_default(size=13))
+    for row, height in zip(rows, heights):
+        left = 2
+        for tile in row:
+            sheet.paste(Image.fromarray(tile), (left, top + 2))
+            left += tile.shape[1] + 4
+        top += height
+    sheet.paste(strip, (0, top))
+    return sheet
 
 
 # --- Data sets on disk ---------------------------------------------------------------
@@ -345,7 +384,7 @@ def pair(name: str, split: str, images: dict, masks: dict | None, listed=None) -
 def read_list(path: Path) -> list[str]:
     """Names of a split file: a line is NAME, or /JPEGImages/NAME.jpg /../NAME.png."""
     return [Path(line.split()[0]).stem
-            for line in path.read_text().splitlines() if line.strip()]
+            for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def open_camvid(name: str, root: Path, split: str) -> Files:
@@ -419,15 +458,19 @@ def open_folder(name: str, root: Path, split: str) -> Files:
     Masks hold class ids 0..K-1 and 255 = ignore. `classes.txt` has one line per class,
     `id name r g b`; without it, K is the highest id of the training masks plus one.
     """
+    for below in os.scandir(root / split / "images"):
+        if not below.name.startswith(".") and below.is_dir() and files_in(below):
+            raise UserError(f"{below.path}: images in folders below images/ are not "
+                            f"read; move them up, and their masks too")
     dataset = pair(name, split, files_in(root / split / "images"),
                    files_in(root / split / "masks"))
-    names, colours = read_classes(root)
+    names, colours = read_classes(root, warn=split == "train")  # once, not per split
     dataset.info = Info(name, names, colours)
     dataset.lut = make_lut({i: i for i in range(len(names))} | {255: IGNORE_INDEX})
     return dataset
 
 
-def read_classes(root: Path) -> tuple[tuple, tuple]:
+def read_classes(root: Path, *, warn: bool) -> tuple[tuple, tuple]:
     """Names and colours from classes.txt, or made up from the training masks' ids."""
     path = root / "classes.txt"
     if not path.is_file():
@@ -435,10 +478,13 @@ def read_classes(root: Path) -> tuple[tuple, tuple]:
                  for v in np.unique(read_mask(p))} - {IGNORE_INDEX}
         if not found:
             raise UserError(f"folder: no {path} and no labelled pixel in train/masks")
+        if warn:
+            warn_of_gaps(root, found)
         hues = np.random.default_rng(0).integers(40, 256, (max(found) + 1, 3))
         return (tuple(f"class{i}" for i in range(max(found) + 1)),
                 tuple(tuple(map(int, c)) for c in hues))
-    rows = [line.split() for line in path.read_text().splitlines() if line.strip()]
+    text = path.read_text(encoding="utf-8-sig")
+    rows = [line.split() for line in text.splitlines() if line.strip()]
     try:
         table = {int(r[0]): (" ".join(r[1:-3]), tuple(map(int, r[-3:]))) for r in rows}
         names, colours = zip(*(table[i] for i in range(len(rows))))
@@ -446,6 +492,17 @@ def read_classes(root: Path) -> tuple[tuple, tuple]:
         raise UserError(f"{path}: every line must be 'id name r g b', with ids 0.."
                         f"{len(rows) - 1} once each") from None
     return names, colours
+
+
+def warn_of_gaps(root: Path, found: set[int]) -> None:
+    """An id that no mask has is a class that cannot be learned."""
+    gaps = sorted(set(range(max(found))) - found)
+    if gaps:
+        listed = ", ".join(map(str, gaps[:9])) + (" .." if len(gaps) > 9 else "")
+        print(f"warning: {root}/train/masks: the highest id is {max(found)}, but no "
+              f"pixel has {listed}: {len(gaps)} of {max(found) + 1} classes cannot be "
+              f"learned, and have IoU 0 where they are predicted. Renumber the masks, "
+              f"or name the classes in classes.txt", file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -459,6 +516,8 @@ class Source:
     counts: dict[str, list[int]]  # split -> how many images it should have
     tree: str  # what is expected below DIR
     home: str  # where to get it
+    pack: str = ""  # the command that packs files for its test server, if it has one
+    inside: str = ""  # the folder within that archive
 
     def expected(self, root, split: str) -> str:
         tree = self.tree.replace("SPLIT", split).replace("DIR", str(root or "DIR"))
@@ -470,6 +529,8 @@ VOC = "DIR/VOCdevkit/VOC2012/"
 VOC_TREE = (VOC + "JPEGImages/NAME.jpg " + VOC + "SegmentationClass/NAME.png "
             + VOC + "ImageSets/Segmentation/SPLIT.txt")
 VOC_HOME = "http://host.robots.ox.ac.uk/pascal/VOC/voc2012 (test: its server)"
+VOC_SERVER = ("tar -czf {out}.tgz -C {out} results",
+              "results/VOC2012/Segmentation/comp6_test_cls")
 CONTEXT = (  # of the official 4998 and 5105 images, the converter loses a few
     {"train": [4998, 4996], "val": [5105, 5104]},
     "DIR/VOCdevkit/VOC2010/JPEGImages/NAME.jpg "
@@ -494,18 +555,19 @@ SOURCES = {
         "DIR/leftImg8bit/SPLIT/CITY/NAME_leftImg8bit.png "
         "DIR/gtFine/SPLIT/CITY/NAME_gtFine_labelIds.png",
         "https://www.cityscapes-dataset.com, after registration: "
-        "leftImg8bit_trainvaltest.zip, gtFine_trainvaltest.zip"),
+        "leftImg8bit_trainvaltest.zip, gtFine_trainvaltest.zip",
+        "cd {out} && zip -q ../cityscapes.zip *.png"),
     "voc": Source(
         open_voc, VOC_CLASSES, VOC_PALETTE, VOC_LUT,
         {"train": [1464], "val": [1449], "test": [1456]}, VOC_TREE,
-        f"{VOC_HOME}, or --download"),
+        f"{VOC_HOME}, or --download", *VOC_SERVER),
     "voc-aug": Source(
         open_voc, VOC_CLASSES, VOC_PALETTE, VOC_LUT,
         {"train": [10582], "val": [1449], "test": [1456]},
         f"{VOC_TREE} {VOC}SegmentationClassAug/NAME.png "
         f"{VOC}ImageSets/Segmentation/train_aug.txt",
         f"{VOC_HOME} and http://home.bharathh.info/pubs/codes/SBD/download.html, made "
-        "PNG by mmsegmentation's tools/dataset_converters/voc_aug.py"),
+        "PNG by mmsegmentation's tools/dataset_converters/voc_aug.py", *VOC_SERVER),
     "ade20k": Source(
         open_ade20k, ADE20K_CLASSES, ADE20K_PALETTE,
         make_lut({i + 1: i for i in range(150)} | {0: 255}),  # 0: none of the 150
@@ -513,7 +575,8 @@ SOURCES = {
         "DIR/images/{training,validation}/NAME.jpg "
         "DIR/annotations/{training,validation}/NAME.png "
         "DIR/release_test/testing/NAME.jpg",
-        "http://sceneparsing.csail.mit.edu, DIR being its folder ADEChallengeData2016"),
+        "http://sceneparsing.csail.mit.edu, DIR being its folder ADEChallengeData2016",
+        "cd {out} && zip -q ../ade20k.zip *.png"),
     "context59": Source(
         open_context, CONTEXT_CLASSES, ADE20K_PALETTE[1:60],
         make_lut({i + 1: i for i in range(59)} | {0: 255, 255: 255}), *CONTEXT),
@@ -575,11 +638,20 @@ ALL_BINARY = ("every mask looked at holds 0 and 255 alone, where 255 means ignor
 
 def check_some(dataset, *, count: int = 64) -> None:
     """Load evenly spaced samples: a wrong data set must fail before the first step."""
-    step = max(1, len(dataset) // count)
-    counts = [torch.bincount(dataset.load(i)[1].flatten(), minlength=256)
-              for i in range(0, len(dataset), step)]
-    if all(map(is_binary, counts)):
+    picked = range(0, len(dataset), max(1, len(dataset) // count))
+    binary = {i: is_binary(torch.bincount(dataset.load(i)[1].flatten(), minlength=256))
+              for i in picked}
+    if all(binary.values()):
         raise UserError(f"{dataset.name(0)} and others: {ALL_BINARY}")
+    warn_of_binary(dataset, [i for i, found in binary.items() if found])
+
+
+def warn_of_binary(dataset, indices: list[int]) -> None:
+    """Some binary masks may be right: images that hold one class and void."""
+    if indices and dataset.info.name == "folder":
+        print(f"warning: {len(indices)} masks hold 0 and 255 alone, unlike the rest, "
+              f"first that of {dataset.name(indices[0])}; 255 means ignored, not "
+              f"foreground", file=sys.stderr)
 
 
 # --- Augmentation --------------------------------------------------------------------
@@ -620,6 +692,19 @@ def normaliser(mean=MEAN, std=STD) -> v2.Compose:
 
 
 NORMALISE = normaliser()
+
+
+def network_input(image: Tensor, labels: Tensor, info: Info,
+                  upper_bound: bool) -> Tensor:
+    """What the encoder reads of a sample (3, H, W): the image, normalised.
+
+    For an upper bound (--backbone labels) it is the ground truth, (K, H, W) of 0 and 1.
+    """
+    if upper_bound:
+        return one_hot(labels[None], len(info.classes))[0]
+    return NORMALISE(image)
+
+
 FLIP = v2.RandomHorizontalFlip()
 # The ranges of SSD's distortion, as mmsegmentation has them. torchvision's own
 # RandomPhotometricDistort also swaps colour channels: blue streets under red skies.
@@ -627,15 +712,15 @@ DISTORT = v2.RandomApply([v2.ColorJitter(32 / 255, 0.5, 0.5, 0.05)], p=0.5)
 
 
 class Augmented(torch.utils.data.Dataset):
-    """Training samples: keys are (epoch, index), values (image float32, labels uint8).
+    """Training samples: keys are (epoch, index), values (input float32, labels uint8).
 
     The seed of a sample is made of (seed, epoch, index) only: it does not matter which
     worker draws it, nor what was drawn before. The crop comes before the colours, so
     that no colour work is spent on pixels that are thrown away.
     """
 
-    def __init__(self, dataset, *, crop, scale, photometric, seed):
-        self.dataset, self.seed = dataset, seed
+    def __init__(self, dataset, *, crop, scale, photometric, seed, upper_bound=False):
+        self.dataset, self.seed, self.upper_bound = dataset, seed, upper_bound
         self.crop, self.scale, self.photometric = tuple(crop), scale, photometric
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -649,39 +734,29 @@ class Augmented(torch.utils.data.Dataset):
             image, labels = FLIP(*random_crop(image, labels, self.crop))
             if self.photometric:
                 image = DISTORT(image)
-        return NORMALISE(image).as_subclass(Tensor), labels.as_subclass(Tensor)
+        image, labels = image.as_subclass(Tensor), labels.as_subclass(Tensor)
+        return network_input(image, labels, self.dataset.info, self.upper_bound), labels
 
 
-class Decoded(torch.utils.data.Dataset):
-    """Samples as they are read: image (3, H, W) and labels (H, W), both uint8."""
+class Plain(torch.utils.data.Dataset):
+    """Validation samples: whole images, labels never resized."""
 
-    def __init__(self, dataset, indices=None):
-        self.dataset = dataset
-        self.indices = range(len(dataset)) if indices is None else indices
+    def __init__(self, dataset, indices, *, upper_bound=False):
+        self.dataset, self.indices, self.upper_bound = dataset, indices, upper_bound
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.dataset.load(self.indices[index])
+        image, labels = self.dataset.load(self.indices[index])
+        return network_input(image, labels, self.dataset.info, self.upper_bound), labels
 
 
-class Plain(Decoded):
-    """Validation samples: whole images, normalised, labels never resized."""
+class LabelMaps(torch.utils.data.Dataset):
+    """All label maps (H, W) of a data set in order, as often as one iterates."""
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image, labels = super().__getitem__(index)
-        return NORMALISE(image), labels
-
-
-class LabelMaps:
-    """All label maps (H, W) of a data set in order, as often as one iterates.
-
-    What is read first is kept in memory, up to `limit` bytes; the rest is read anew.
-    """
-
-    def __init__(self, dataset, workers: int, *, limit=2**28):
-        self.dataset, self.workers, self.limit, self.kept = dataset, workers, limit, []
+    def __init__(self, dataset, workers: int):
+        self.dataset, self.workers = dataset, workers
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -690,21 +765,13 @@ class LabelMaps:
         return self.dataset.labels(index)
 
     def __iter__(self):
-        yield from self.kept
-        rest = torch.utils.data.Subset(self, range(len(self.kept), len(self)))
-        room = self.limit - sum(map(torch.numel, self.kept))
-        for labels in torch.utils.data.DataLoader(rest, batch_size=None,
-                                                  num_workers=self.workers):
-            room -= labels.numel()
-            if room >= 0:
-                # Without a copy, each keeps its loader process' shared file open.
-                self.kept.append(labels.clone())
-            yield labels
+        for labels in loader(self, self.workers, batch_size=None):
+            yield labels.clone()  # else each keeps its process' shared file open
 
 
 def mix_seeds(*seeds: int) -> int:
     """One well-mixed 63-bit seed from several small numbers."""
-    return int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0]) >> 1
 
 
 # --- Loaders -------------------------------------------------------------------------
@@ -757,15 +824,14 @@ def outlive_a_signal(worker: int) -> None:
     day even if nobody tells them: half a minute after SIGTERM.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
+    if hasattr(signal, "alarm"):  # not on Windows, where nobody sends SIGTERM either
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 
 
 def loader(dataset, workers: int, **options) -> torch.utils.data.DataLoader:
     """A DataLoader whose processes neither hang forever nor die too early."""
     if workers:
         options |= {"timeout": STUCK, "worker_init_fn": outlive_a_signal}
-        if isinstance(getattr(dataset, "dataset", None), Cached):
-            options["multiprocessing_context"] = "fork"  # shares memory, copies nothing
     return torch.utils.data.DataLoader(
         dataset, num_workers=workers, **options,
         generator=torch.Generator())  # of its own: it must not touch the model's
@@ -778,10 +844,10 @@ def train_loader(dataset, batches: Batches, *, workers: int, **augmentation):
                   prefetch_factor=4 if workers else None)
 
 
-def whole_loader(dataset, indices: list[int], batch: int, *, workers: int):
+def whole_loader(dataset, indices: list[int], batch: int, *, workers: int, upper_bound):
     """Whole images of one size in full batches, for the statistics of batch norm."""
-    return loader(Plain(dataset, indices), workers, batch_size=batch, drop_last=True,
-                  collate_fn=same_size)
+    return loader(Plain(dataset, indices, upper_bound=upper_bound), workers,
+                  batch_size=batch, drop_last=True, collate_fn=same_size)
 
 
 def same_size(samples: list[tuple[Tensor, Tensor]]):
@@ -793,58 +859,155 @@ def same_size(samples: list[tuple[Tensor, Tensor]]):
     return torch.utils.data.default_collate(samples)
 
 
-def val_loader(dataset, *, workers: int, start=0, step=1):
+def val_loader(dataset, *, workers: int, start=0, step=1, upper_bound=False):
     """Whole images one by one, since their sizes may differ: start, start + step, .."""
-    return loader(Plain(dataset, range(start, len(dataset), step)), workers)
+    indices = range(start, len(dataset), step)
+    return loader(Plain(dataset, indices, upper_bound=upper_bound), workers,
+                  batch_size=1)
 
 
-class Cached:
-    """--cache: a data set whose decoded images stay in memory, as many as fit.
-
-    The first `limit` bytes of them, in order; the rest is read from disk every time.
-    Loader processes are forked and see this memory without a copy of their own.
-    """
-
-    def __init__(self, dataset, workers: int, *, limit: int):
-        self.dataset, self.kept, self.bytes = dataset, [], 0
-        for sample in loader(Decoded(dataset), workers, batch_size=None):
-            size = sum(tensor.numel() for tensor in sample)
-            if self.bytes + size > limit:
-                break
-            # Without a copy, each keeps its loader process' shared file open.
-            self.kept.append(tuple(tensor.clone() for tensor in sample))
-            self.bytes += size
-
-    def __getattr__(self, name: str):  # info, name, labels, ...: those of the data set
-        return getattr(self.__dict__["dataset"], name)
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __str__(self) -> str:
-        return (f"{self.info.name}: {len(self.kept)} of {len(self)} images in memory, "
-                f"{self.bytes / 1e9:.2f} GB")
-
-    def load(self, index: int) -> tuple[Tensor, Tensor]:
-        kept = self.kept[index] if index < len(self.kept) else None
-        return kept or self.dataset.load(index)
+# --- The command: read all of a data set, count it, draw it --------------------------
 
 
-def free_memory() -> int:
-    """Bytes that may be used, of the machine or of the container that this is."""
-    meminfo, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
-    if not meminfo.exists():  # not Linux: half of all there is, for want of a better
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
-    free = int(lines["MemAvailable"].split()[0]) * 1024
-    limit = group / "memory.max"
-    if limit.exists() and limit.read_text().strip() != "max":
-        used = int((group / "memory.current").read_text())
-        free = min(free, int(limit.read_text()) - used)
-    return free
+def examine(dataset, index: int) -> tuple[str, str, Tensor]:
+    """A sample's fault, size, pixels per label; an exception would end the loader."""
+    counts = torch.zeros(256, dtype=torch.int64)
+    try:
+        if dataset.has_labels:
+            image, labels = dataset.load(index)
+            counts = torch.bincount(labels.flatten(), minlength=256)
+        else:
+            image = dataset.image(index)
+        return "", "x".join(map(str, image.shape[1:])), counts
+    except UserError as error:
+        return str(error), "", counts
+    except Exception as error:  # whatever else a damaged file makes PIL raise
+        return f"{dataset.name(index)}: unreadable ({error!r})", "", counts
 
 
-# --- The embedded data set ------------------------------------------------------------
+def survey(dataset, title: str, workers: int) -> tuple[dict, Counter, Tensor]:
+    """Read all: {index: fault}, how often each size occurs, (images, 256) pixels."""
+    faults, sizes, counts = {}, Counter(), []
+    loader = torch.utils.data.DataLoader(
+        range(len(dataset)), batch_size=None, num_workers=workers,
+        collate_fn=partial(examine, dataset))  # called by the loader processes
+    for index, (fault, size, pixels) in enumerate(loader):
+        if fault:
+            faults[index] = fault
+        else:
+            sizes[size] += 1
+            counts.append(pixels.clone())  # not in shared memory, see LabelMaps
+        if sys.stdout.isatty():  # in a file it would be one endless line
+            print(f"\r{title}: {index + 1}/{len(dataset)}", end=" ", flush=True)
+    print("\r" * sys.stdout.isatty() + f"{title}: {len(dataset)} images read, "
+          f"{len(faults)} with faults")
+    binary = [i for i, pixels in enumerate(counts) if is_binary(pixels)]
+    if binary and len(binary) == len(counts):
+        faults[len(dataset)] = f"{title}: {ALL_BINARY}"
+    elif not faults:
+        warn_of_binary(dataset, binary)
+    return faults, sizes, torch.stack(counts) if counts else torch.zeros(0, 256)
+
+
+def print_table(info: Info, counts: dict[str, Tensor]) -> None:
+    """Per split: each class's share of the valid pixels and how many images have it."""
+    wide = max(map(len, (*info.classes, "no valid pixel")))
+    print(" " * wide + "".join(f"{split:>16}" for split in counts))
+    print(f"{'class':<{wide}}" + f"{'share':>8}{'images':>8}" * len(counts))
+    for label, name in [*enumerate(info.classes), (IGNORE_INDEX, "ignored")]:
+        cells = ""
+        for pixels in counts.values():
+            valid = pixels if label == IGNORE_INDEX else pixels[:, :IGNORE_INDEX]
+            share = pixels[:, label].sum() / valid.sum().clamp(min=1)
+            cells += f"{share:>8.2%}{(pixels[:, label] > 0).sum():>8}"
+        print(f"{name:<{wide}}{cells}")
+    empty = ((pixels[:, :IGNORE_INDEX].sum(1) == 0).sum() for pixels in counts.values())
+    print(f"{'no valid pixel':<{wide}}" + "".join(f"{n:>16}" for n in empty))
+
+
+def contact_sheet(samples: list, info: Info) -> Image.Image:
+    """(dataset, index) pairs as image beside coloured labels; the legend below."""
+    pairs = []
+    for dataset, index in samples:
+        layers = [dataset.image(index).permute(1, 2, 0).numpy()]
+        if dataset.has_labels:
+            layers.append(colourise(dataset.labels(index).numpy(), info.palette))
+        hows = Image.BILINEAR, Image.NEAREST
+        small = [ImageOps.contain(Image.fromarray(layer), (320, 160), how)
+                 for layer, how in zip(layers, hows)]
+        pairs.append(list(map(np.array, small)))
+    widest = max(sum(tile.shape[1] + 4 for tile in pair) for pair in pairs)
+    columns = max(1, 1310 // widest)
+    rows = [sum(pairs[i:i + columns], []) for i in range(0, len(pairs), columns)]
+    return mosaic(rows, info)
+
+
+def check(args) -> None:
+    """The whole command; what is wrong is listed in a UserError at its end."""
+    if args.download and args.dataset in SOURCES:
+        download(args.dataset, args.data_root)
+    print(f"{args.dataset}: checking {', '.join(args.splits)}")
+    opened = {split: open_dataset(args.dataset, split, root=args.data_root)
+              for split in args.splits}
+    info, counts, faults, good = next(iter(opened.values())).info, {}, [], []
+    for split, dataset in opened.items():
+        wrong, sizes, pixels = survey(dataset, f"{args.dataset} {split}", args.workers)
+        common = ", ".join(f"{size} ({n})" for size, n in sizes.most_common(5))
+        print(f"  sizes, H x W: {common}{', ..' * (len(sizes) > 5)}")
+        faults += wrong.values()
+        good += [(dataset, i) for i in range(len(dataset)) if i not in wrong]
+        counts |= {split: pixels} if dataset.has_labels else {}
+    if counts:
+        print_table(info, counts)
+    if good:
+        out = args.out or f"{args.dataset}-check.png"
+        picked = np.linspace(0, len(good) - 1, min(9, len(good)), dtype=int)
+        try:
+            contact_sheet([good[i] for i in picked], info).save(out)
+            print(f"see {out}")
+        except (OSError, ValueError) as error:  # ValueError: no format has that ending
+            faults.append(f"--out {out}: cannot be written ({error})")
+    if faults:
+        more = f"\n  and {len(faults) - 10} more" * (len(faults) > 10)
+        raise UserError(f"{args.dataset}: {len(faults)} faults\n  "
+                        + "\n  ".join(faults[:10]) + more)
+    print("ok")
+
+
+def download(name: str, root: str | None) -> None:
+    """VOC 2012 by torchvision; the others want a registration or more than one step."""
+    if name != "voc" or root is None:
+        expected = SOURCES[name].expected(root, "train")
+        raise UserError(f"{name}: --download is for voc, with --data-root{expected}")
+    try:
+        VOCSegmentation(root, year="2012", image_set="train", download=True)
+    except (OSError, RuntimeError) as error:
+        known = voc.DATASET_YEAR_DICT["2012"]
+        raise UserError(f"{known['url']}: {error}; fetch it by other means and put it "
+                        f"into {root} as {known['filename']}, then repeat") from None
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description="Read every image and mask of a data "
+                                     "set, count its labels, draw a few.")
+    add = parser.add_argument
+    add("--dataset", required=True, choices=DATASETS)
+    add("--data-root", metavar="DIR", help="folder of the data set, as distributed")
+    add("--splits", nargs="+", default=["train", "val"], help="default: train val")
+    add("--out", metavar="FILE", help="picture of some (default DATASET-check.png)")
+    add("--download", action="store_true", help="voc only: fetch it into DIR first")
+    add("--workers", type=int, default=min(8, os.cpu_count() or 1),
+        help="loader processes (default: the cores, at most 8)")
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> int:
+    with show_errors():
+        check(parse(argv))
+    return 0
+
+
+# --- The picture book: how streets are drawn ------------------------------------------
 
 # Per class: its typical colour, how far an object may stray from it (0-1), and the
 # strength of its soft and of its grainy texture (in grey levels).
@@ -1091,152 +1254,6 @@ def draw_street(split, index, *, size=(128, 256), difficulty=.5):
     street.furnish()
     ids = np.array(street.images[1])
     return street.photograph(ids), ids
-
-
-# --- The command: read all of a data set, count it, draw it --------------------------
-
-
-def examine(dataset, index: int) -> tuple[str, str, Tensor]:
-    """A sample's fault, size, pixels per label; an exception would end the loader."""
-    counts = torch.zeros(256, dtype=torch.int64)
-    try:
-        if dataset.has_labels:
-            image, labels = dataset.load(index)
-            counts = torch.bincount(labels.flatten(), minlength=256)
-        else:
-            image = dataset.image(index)
-        return "", "x".join(map(str, image.shape[1:])), counts
-    except UserError as error:
-        return str(error), "", counts
-    except Exception as error:  # whatever else a damaged file makes PIL raise
-        return f"{dataset.name(index)}: unreadable ({error!r})", "", counts
-
-
-def survey(dataset, title: str, workers: int) -> tuple[dict, Counter, Tensor]:
-    """Read all: {index: fault}, how often each size occurs, (images, 256) pixels."""
-    faults, sizes, counts = {}, Counter(), []
-    loader = torch.utils.data.DataLoader(
-        range(len(dataset)), batch_size=None, num_workers=workers,
-        collate_fn=partial(examine, dataset))  # called by the loader processes
-    for index, (fault, size, pixels) in enumerate(loader):
-        if fault:
-            faults[index] = fault
-        else:
-            sizes[size] += 1
-            counts.append(pixels.clone())  # not in shared memory, see LabelMaps
-        if sys.stdout.isatty():  # in a file it would be one endless line
-            print(f"\r{title}: {index + 1}/{len(dataset)}", end=" ", flush=True)
-    print("\r" * sys.stdout.isatty() + f"{title}: {len(dataset)} images read, "
-          f"{len(faults)} with faults")
-    if counts and all(map(is_binary, counts)):
-        faults[len(dataset)] = f"{title}: {ALL_BINARY}"
-    return faults, sizes, torch.stack(counts) if counts else torch.zeros(0, 256)
-
-
-def print_table(info: Info, counts: dict[str, Tensor]) -> None:
-    """Per split: each class's share of the valid pixels and how many images have it."""
-    wide = max(map(len, (*info.classes, "no valid pixel")))
-    print(" " * wide + "".join(f"{split:>16}" for split in counts))
-    print(f"{'class':<{wide}}" + f"{'share':>8}{'images':>8}" * len(counts))
-    for label, name in [*enumerate(info.classes), (IGNORE_INDEX, "ignored")]:
-        cells = ""
-        for pixels in counts.values():
-            valid = pixels if label == IGNORE_INDEX else pixels[:, :IGNORE_INDEX]
-            share = pixels[:, label].sum() / valid.sum().clamp(min=1)
-            cells += f"{share:>8.2%}{(pixels[:, label] > 0).sum():>8}"
-        print(f"{name:<{wide}}{cells}")
-    empty = ((pixels[:, :IGNORE_INDEX].sum(1) == 0).sum() for pixels in counts.values())
-    print(f"{'no valid pixel':<{wide}}" + "".join(f"{n:>16}" for n in empty))
-
-
-def contact_sheet(samples: list, info: Info) -> Image.Image:
-    """(dataset, index) pairs as image beside coloured labels; the legend below."""
-    tiles = []
-    for dataset, index in samples:
-        layers = [dataset.image(index).permute(1, 2, 0).numpy()]
-        if dataset.has_labels:
-            layers.append(colourise(dataset.labels(index).numpy(), info.palette))
-        small = [np.array(ImageOps.contain(Image.fromarray(layer), (320, 160), method))
-                 for layer, method in zip(layers, (Image.BILINEAR, Image.NEAREST))]
-        tiles.append(Image.fromarray(np.concatenate(small, axis=1)))
-    step = max(tile.width for tile in tiles) + 8
-    columns = max(1, 1310 // step)
-    rows = -(-len(tiles) // columns)
-    strip = Image.fromarray(legend(info, columns * step))
-    sheet = Image.new("RGB", (strip.width, 168 * rows + strip.height), "white")
-    for i, tile in enumerate(tiles):
-        sheet.paste(tile, (i % columns * step, i // columns * 168))
-    sheet.paste(strip, (0, 168 * rows))
-    return sheet
-
-
-def check(args) -> None:
-    """The whole command; what is wrong is listed in a UserError at its end."""
-    if args.download and args.dataset in SOURCES:
-        download(args.dataset, args.data_root)
-    print(f"{args.dataset}: checking {', '.join(args.splits)}")
-    opened = {split: open_dataset(args.dataset, split, root=args.data_root)
-              for split in args.splits}
-    info, counts, faults, good = next(iter(opened.values())).info, {}, [], []
-    for split, dataset in opened.items():
-        wrong, sizes, pixels = survey(dataset, f"{args.dataset} {split}", args.workers)
-        common = ", ".join(f"{size} ({n})" for size, n in sizes.most_common(5))
-        print(f"  sizes, H x W: {common}{', ..' * (len(sizes) > 5)}")
-        faults += wrong.values()
-        good += [(dataset, i) for i in range(len(dataset)) if i not in wrong]
-        counts |= {split: pixels} if dataset.has_labels else {}
-    if counts:
-        print_table(info, counts)
-    if good:
-        out = args.out or f"{args.dataset}-check.png"
-        picked = np.linspace(0, len(good) - 1, min(9, len(good)), dtype=int)
-        try:
-            contact_sheet([good[i] for i in picked], info).save(out)
-            print(f"see {out}")
-        except (OSError, ValueError) as error:  # ValueError: no format has that ending
-            faults.append(f"--out {out}: cannot be written ({error})")
-    if faults:
-        more = f"\n  and {len(faults) - 10} more" * (len(faults) > 10)
-        raise UserError(f"{args.dataset}: {len(faults)} faults\n  "
-                        + "\n  ".join(faults[:10]) + more)
-    print("ok")
-
-
-def download(name: str, root: str | None) -> None:
-    """VOC 2012 by torchvision; the others want a registration or more than one step."""
-    if name != "voc" or root is None:
-        expected = SOURCES[name].expected(root, "train")
-        raise UserError(f"{name}: --download is for voc, with --data-root{expected}")
-    try:
-        VOCSegmentation(root, year="2012", image_set="train", download=True)
-    except (OSError, RuntimeError) as error:
-        known = voc.DATASET_YEAR_DICT["2012"]
-        raise UserError(f"{known['url']}: {error}; fetch it by other means and put it "
-                        f"into {root} as {known['filename']}, then repeat") from None
-
-
-def parse(argv=None):
-    parser = argparse.ArgumentParser(description="Read every image and mask of a data "
-                                     "set, count its labels, draw a few.")
-    add = parser.add_argument
-    add("--dataset", required=True, choices=DATASETS)
-    add("--data-root", metavar="DIR", help="folder of the data set, as distributed")
-    add("--splits", nargs="+", default=["train", "val"], help="default: train val")
-    add("--out", metavar="FILE", help="picture of some (default DATASET-check.png)")
-    add("--download", action="store_true", help="voc only: fetch it into DIR first")
-    add("--workers", type=int, default=min(8, os.cpu_count() or 1),
-        help="loader processes (default: the cores, at most 8)")
-    return parser.parse_args(argv)
-
-
-def main(argv=None) -> int:
-    args = parse(argv)
-    try:
-        check(args)
-    except UserError as error:
-        print("error:", error, file=sys.stderr)
-        sys.exit(2)
-    return 0
 
 
 if __name__ == "__main__":

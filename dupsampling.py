@@ -5,57 +5,139 @@ Segmentation: Data-Dependent Decoding Enables Flexible Feature Aggregation." CVP
 arXiv:1903.02120
 
 The idea
-    A 16x16 window of labels has 16*16*K one-hot numbers but few shapes: one class, an
-    edge, a pole. PCA over all windows of the training labels finds 64 directions that
-    rebuild nearly every window. Keep them as the last layer, a 1x1 convolution W that
-    is never trained: the network only has to say 64 numbers per window. Since W brings
-    the resolution back, low-level features may be shrunk to the coarse map for fusion.
+    A 16x16 window of labels is 16*16*K one-hot numbers, but most windows show one of
+    few things: a single class, an edge, a pole. PCA over all windows of the training
+    labels finds 64 directions that rebuild nearly every window. Keep them as the last
+    layer, a 1x1 convolution W that is not trained: then the network only has to say 64
+    numbers per window, and W draws the window from them. Since W brings the resolution
+    back, low-level features may be shrunk to the coarse map before they are fused.
 
 Dimension key
-    B batch   K classes (the paper's C)   D channels of context and decoder (256)
-    H, W image size   r ratio, pixels per side of a window (16 or 32)
-    h, w = ceil(H/r), ceil(W/r): the grid of windows   E components (the paper's C~; 64)
-    N = K*r*r numbers of a window   M windows   L channels of reduced features (48)
+    B batch   K classes (the paper's C)   H, W image size
+    r ratio: pixels per side of a window, which is also the output stride (16 or 32)
+    h, w = ceil(H/r), ceil(W/r): the grid of windows   M windows of a set of labels
+    N = K*r*r: one-hot numbers of a window   E numbers it is compressed to (C~; 64)
+    D channels of context and decoder (256)   L channels of a reduced feature (48)
+    W is the paper's name of the matrix (N, E) of Eq. (2), too. Where a function has
+    that matrix, it calls the image's sides height and width. The finer maps, q x r in
+    the other modules, have no letters here.
 
 Paper -> code
-    | Fig. 2             | DUpsampling.forward      | encoder, fusion, DUpsampling |
-    | Sec. 3.1, v        | windows                  | labels cut into r x r windows |
-    | Eq. (2), x = P v   | compress                 | labels to E numbers per window |
-    | Eq. (2), v~ = W x  | decompress               | 1x1 convolution, then shuffled |
-    | Eq. (3), PCA       | principal_components     | W and the mean, from labels |
-    | Eq. (4)            | pretrain_loss            | regression of compressed labels |
-    | Eq. (5), F         | DUpsamplingDecoder       | E numbers per window, drawn |
-    | Eq. (6)            | Temperature              | logits divided by a learned T |
-    | Eq. (1)            | BilinearDecoder          | the rival of Table 1 |
-    | Eq. (7), Fig. 1    | VanillaDecoder           | fusion at the fine resolution |
-    | Eq. (8)            | Fuse                     | fusion at the coarse resolution |
-    | Table 1, mIoU*     | build                    | --backbone labels |
+    | Fig. 2              | DUpsampling.decode           | encoder, context, fusion |
+    | Sec. 3.1, S         | windows                      | labels cut into r x r |
+    | Sec. 3.1, v         | one_hot_rows                 | a window as one vector |
+    | Eq. (2), x = P v    | compress                     | labels to E per window |
+    | Eq. (2), v~ = W x   | decompress                   | 1x1 convolution, shuffled |
+    | Eq. (3), PCA        | principal_components         | W and the mean of v |
+    | Eq. (4)             | pretrain_loss                | regress compressed labels |
+    | Eq. (5), F          | DUpsamplingDecoder.forward   | E numbers per window |
+    | Eq. (5), DUpsample  | DUpsamplingDecoder.to_pixels | windows drawn and cut |
+    | Fig. 3              | DUpsample                    | W x, the layer itself |
+    | Eq. (6)             | Temperature                  | logits over a learned T |
+    | Eq. (1)             | BilinearDecoder              | the rival of Table 1 |
+    | Eq. (7), Fig. 1     | VanillaDecoder               | fusion on the fine map |
+    | Eq. (8)             | Fuse                         | fusion on the coarse map |
+    | Eq. (8), downsample | downsample                   | bilinear, on the grid |
+    | Table 1, mIoU*      | build                        | --backbone labels |
 
-Notes (paper says / official code does / we do / effect). No official code exists.
-    N1  Is W trained? "pre-computed" / - / frozen, `learn_upsampling` trains it / users
-        who train it elsewhere report ragged, nearest-neighbour-like borders.
-    N2  Mean of PCA: W x has none / - / taken off to find W, then dropped; `mean` adds
-        it to the logits / the mean is a class prior, between 0 and 1 before T.
-    N3  Ignored pixels: silent / - / all zero in v, as padding is; no window is left
-        out / windows with void are rebuilt darker, not as another class.
-    N4  Order of v: silent / - / (class, row, column), that of nn.PixelShuffle, shared
-        by PCA and depth-to-space / none, but a checkpoint depends on it.
-    N5  PCA of N = 4,864 to 38,400 numbers: "closed form" / - / randomised subspace
-        iteration over a stream of labels, never an N x N matrix / 4 passes lose 0.01 %
-        more variance of CamVid's labels than the exact eigenvectors.
-    N6  Fusion: a CNN f / - / per feature 1x1 to 48 and two separable 3x3 of 256, two
-        features one after the other / reproduces all FLOPs of Tables 2-4 but one.
-    N7  Encoder: "as in [5]" / - / ResNet with ASPP of 256 channels, rates 96 divided by
-        the output stride / not counted in the paper's FLOPs.
-    N8  New layers start Gaussian with variance 0.01 / - / the same with the paper's
-        recipes; FROM_SCRATCH has torch's start / up to four times as long as torch's,
-        weights before a batch norm turn that much slower: for long schedules only.
-    N9  "FLOPS": no definition / - / two per multiply-add of the decoder, at 513x513,
-        and one more product per logit, for T / all but one number round exactly.
-    N10 Xception-65 has E = 128, and by its FLOPs 256 on Cityscapes / - / `components` /
-        Xception is not in torchvision: `XceptionShapes` serves to count its decoders.
-    N11 T: "learned" from 1 / - / its logarithm is / the gradient of T itself grows with
-        1/T^2: on streets, at lr 0.05, T jumped below 0 and the loss stayed at ln K.
+Notes: what the paper says, what is done here, and what it changes. The authors have
+released no code, so a line on what the official code does is missing everywhere.
+    N1  Is W trained?
+        Paper: "the upsampling filters in our method are pre-computed" (Sec. 3.1).
+               Whether they are fixed while the network is trained is not said.
+        Here:  W is fixed. `learn_upsampling` trains it with the rest.
+        Effect: Not measured here. One user of an unofficial code
+               (LinZhuoChen/DUpsampling) reports that a W that is trained easily
+               degenerates into something like nearest-neighbour interpolation, with
+               ragged borders.
+    N2  The mean of v.
+        Paper: "We have omitted the offset term here. In practice prior to the
+               compression, v is centered" (Sec. 3.1). Whether the network adds the mean
+               to what W draws is not said.
+        Here:  The mean is subtracted to find W and to compress labels, and the network
+               draws W x without it. `mean` adds it to every window of logits, before
+               they are divided by T.
+        Effect: Not measured here. The mean says how often each class stands at each
+               pixel of a window: a class prior, numbers between 0 and 1. The same user
+               (N1) holds that the last layer needs this offset.
+    N3  Ignored pixels.
+        Paper: Silent. Sec. 3.1 pads labels whose sides r does not divide, but does not
+               say with what.
+        Here:  An ignored pixel is zero in all classes of v, and so is the padding. No
+               window is left out.
+        Effect: W rebuilds such a pixel with small numbers for all classes instead of
+               another class. On scores: not measured.
+    N4  Order of the numbers in v.
+        Paper: A window r x r x C is reshaped "into a vector v", in an order that is not
+               given.
+        Here:  (class, row, column), because nn.PixelShuffle expects it. PCA, `compress`
+               and `decompress` share this order.
+        Effect: None on results, since the order only renames the numbers. But W in a
+               checkpoint means something in this order alone.
+    N5  How the PCA is computed.
+        Paper: PCA gives "a closed-form solution" of Eq. (3). Stochastic gradient
+               descent is named as another way.
+        Here:  Randomised subspace iteration over a stream of label maps, because the
+               covariance has N x N numbers. At r = 16, N is 4,864 for the 19 classes of
+               Cityscapes and 38,400 for the 150 of ADE20K.
+        Effect: On CamVid's labels at r = 16, W keeps 95.5 % of the variance. What 4
+               passes lose is 0.01 % more than what the exact eigenvectors lose
+               (measured).
+    N6  The convolutions f of Eqs. (7) and (8).
+        Paper: "f denotes a CNN". How two features are fused is not said.
+        Here:  In `Fuse` a low-level feature is reduced to 48 channels by a 1x1, joined
+               with the context, and goes through two separable 3x3 of 256 channels. Two
+               features go through two such units, one after the other. The vanilla
+               decoder joins both features at once.
+        Effect: These layers were chosen because they reproduce the FLOPs of Tables 2 to
+               4, all but one (N9). They are a guess that fits. On the
+               procedural streets, fusion of stem and res4 scores 0.40 mIoU (mean of
+               three seeds) against 0.43 without fusion (one seed, results/streets.csv);
+               in the paper it gains 1 point.
+    N7  Encoder.
+        Paper: ResNet and Xception, "both of which are modified as in [5]", that is, as
+               in DeepLabv3+. The feature conv1_3 of Table 2 is the third convolution of
+               a deep stem.
+        Here:  ResNet and an ASPP of 256 channels with the rates 6, 12, 18 at output
+               stride 16 and 3, 6, 9 at 32. `--backbone resnet50c` has a deep stem; the
+               stem of `resnet50` is one 7x7 convolution, whose output takes the place
+               of conv1_3.
+        Effect: The paper counts the decoder alone, so its FLOPs cannot confirm the
+               encoder. On scores: not measured.
+    N8  Start of the new layers.
+        Paper: "Gaussian distribution of variance 0.01 and mean 0" (Sec. 4).
+        Here:  `init="official"` is the same, and the paper's recipes use it. Our own
+               recipes take torch's start, `init="torch"`.
+        Effect: A convolution that reads n numbers starts 0.1 * sqrt(3 n) times as long
+               as with torch's start: about four times for n = 512, the width of
+               ResNet-18's res5. In front of a batch norm, a weight k times as long
+               gives the same output but is turned by one step of SGD k^2 times less. So
+               the paper's start needs a long schedule. On scores: not measured.
+    N9  "FLOPS" in Tables 2 to 4.
+        Paper: "the amount of computation of the decoder", without a definition or an
+               image size.
+        Here:  Two per multiply-add of the decoder, and two more per logit that W
+               draws, which we take for the division by T. The image has 513x513 pixels,
+               for Cityscapes 1025x2049.
+        Effect: With this rule 13 of the 14 different numbers round exactly. The last,
+               22.34 of Table 3, fits an image of 512x512.
+    N10 Xception.
+        Paper: E is 128 on Xception-65 (Sec. 4). Cityscapes has Xception-71, without a
+               word on E.
+        Here:  `components` is E. The 25.14 billion FLOPs of Table 4 fit E = 256.
+               torchvision has no Xception: `--backbone xception65` has the sizes of its
+               feature maps and nothing else (class XceptionShapes). The maps that are
+               read have the same sizes in Xception-71.
+        Effect: The decoders of these rows can be counted, not trained. The 897.94
+               billion of Sec. 4.2 need the whole network, and test scales that are not
+               stated.
+    N11 How T is learned.
+        Paper: "T can be learned automatically", from 1.
+        Here:  The parameter is log T, so T is positive whatever a step does.
+        Effect: The gradient of T itself grows with 1/T^2. On the procedural streets,
+               with the learning rate 0.05, T jumped below 0, and the loss stayed at
+               ln K. With log T, 0.43 mIoU is reached there, and 0.26 without a
+               temperature (one seed each, no fusion; the paper has 73.15 and 69.81).
 
 Run
     python dupsampling.py                      shapes and costs, seconds on a CPU
@@ -64,21 +146,23 @@ Run
 """
 from __future__ import annotations
 
+import math
 import warnings
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import (ASPP, UserError, conv_bn_relu, downsample, fcn_heads,
-                    full_precision, label_colours, make_encoder, one_hot, published,
+from common import (ASPP, UserError, conv_bn_relu, fcn_heads, full_precision,
+                    label_colours, make_encoder, one_hot, print_costs, repeat_border,
                     separable_conv, show, upsample, viewable)
 
+# torch says this at every use of the sparse matrices that the PCA is made of.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+
 # --- 1. Config -----------------------------------------------------------------------
 
-STRIDES = {"stem": 2, "res2": 4, "res3": 8, "res4": 16}
+STRIDES = {"stem": 2, "res2": 4, "res3": 8, "res4": 16}  # what may be fused
 VARIANTS = {
     "default": {},
     # Table 1: the upsampling alone
@@ -99,7 +183,14 @@ VARIANTS = {
 }
 
 FROM_SCRATCH = {"init": "torch"}  # options of `build` in train.py's own recipes  [N8]
-PAPER, OPEN = "paper, Sec. 4", "not stated; DeepLabv3+'s"
+
+# The paper trains ResNet-50 on VOC only, on its own 1,464 images and not on SBD's.
+# Cityscapes and Context have Xception there, with batches of 32 and a decay of 4e-5,
+# and Context has no schedule. So these two recipes carry VOC's values over to a ResNet.
+# The upper bound of Table 1, --backbone labels, has 100,000 iterations with a learning
+# rate of 0.07 (Sec. 4.1.1).
+PAPER = "paper, Sec. 4"
+OPEN = "not stated; DeepLabv3+'s"
 SCHEDULE = {"lr": (0.007, PAPER), "weight_decay": (1e-4, PAPER),
             "backbone": ("resnet50", PAPER), "weights": ("imagenet", PAPER),
             "batch": (48, PAPER + "; batch norm over 12 of them there"),
@@ -112,58 +203,34 @@ RECIPES = {"voc": SCHEDULE, "context60": SCHEDULE, "cityscapes": SCHEDULE | {
     "lr": (0.01, "paper, Sec. 4.1.3"), "iterations": (90_000, "paper, Sec. 4.1.3"),
     "crop": ((769, 769), OPEN)}}
 
-VOC, CITY, R50, X65 = (513, 513), (1025, 2049), "resnet50c", "xception65"
-E128, E256 = {"components": 128}, {"components": 256}  # [N10]
-row = partial(published, rule="2x")  # FLOPs of the decoder, two per product  [N9]
-PUBLISHED = [
-    *(row("1", variant, R50, VOC, 21, None, miou=miou, upper_bound=bound)
-      for variant, miou, bound in [
-        ("bilinear-os32", 70.77, 94.80), ("no-fusion-os32", 72.09, 99.90),
-        ("bilinear", 72.15, 98.40), ("no-fusion", 73.15, 99.95)]),
-    *(row(table, variant, R50, VOC, 21, None, decoder=billions, miou=miou)
-      for table, variant, billions, miou in [
-        ("2", "no-fusion", 0.80, 73.15), ("2", "fuse-stem", 1.13, 72.70),
-        ("2", "fuse-res2", 1.15, 74.03), ("2", "fuse-res4", 1.23, 73.43),
-        ("2", "fuse-res2-res4", 1.58, 73.82), ("2", "default", 1.56, 74.20),
-        ("3", "vanilla", 5.53, 73.26), ("3", "fuse-res2", 1.15, 74.03),
-        ("3", "default", 1.56, 74.20)]),
-    row("3", "vanilla-stem-res4", R50, VOC, 21, None, decoder=22.34,
-        why="the number fits a 512x512 image, all others fit 513x513"),
-    *(row(table, variant, X65, size, K, None, decoder=billions, miou=miou, options=more)
-      for table, variant, size, K, billions, miou, more in [
-        ("3", "vanilla", VOC, 21, 5.53, 78.70, {}),
-        ("3", "fuse-res2", VOC, 21, 1.93, 79.09, E128),
-        ("3", "vanilla-res4", VOC, 21, 0.41, 78.74, {}),
-        ("3", "fuse-res4", VOC, 21, 1.98, 79.67, E128),
-        ("4", "vanilla", CITY, 19, 43.65, 79.36, {}),
-        ("4", "fuse-res4", CITY, 19, 25.14, 79.06, E256)]),
-    row("4.1.4", "no-temperature", R50, VOC, 21, None, miou=69.81),
-    row("4.2", None, X65, VOC, 21, 897.94, name="whole network", rule="plain",
-        why="N10: needs Xception-65 and test scales that are not stated"),
-]
-
 # --- 2. Equations --------------------------------------------------------------------
 
 
 def windows(labels: Tensor, r: int) -> Tensor:
     """Cut labels (H, W) into r x r windows, (M, r*r); the border is padded with 255."""
     H, W = labels.shape
-    h, w = -(-H // r), -(-W // r)
-    padded = F.pad(labels, (0, w * r - W, 0, h * r - H), value=255).reshape(h, r, w, r)
-    return padded.permute(0, 2, 1, 3).reshape(h * w, r * r)  # (h*w, r*r)
+    h, w = math.ceil(H / r), math.ceil(W / r)
+    padded = F.pad(labels, (0, w * r - W, 0, h * r - H), value=255)  # (h*r, w*r)
+    # A pixel's row is (row of windows, row inside the window), and so is its column.
+    # The swap brings the two numbers that name the window to the front.
+    split = padded.reshape(h, r, w, r).permute(0, 2, 1, 3)  # (h, w, r, r)
+    return split.reshape(h * w, r * r)
 
 
 def one_hot_rows(patches: Tensor, num_classes: int) -> Tensor:
-    """Windows (M, r*r) to their vectors v, (M, N), sparse: r*r ones in each row.
+    """Windows (M, r*r) to their vectors v, one a row, (M, N), as a sparse matrix.
 
-    Pixel p of class k stands at k*r*r + p  [N4]; ignored pixels are zero  [N3].
+    Pixel p of class k is the 1 in column k*r*r + p  [N4]. A row has r*r entries, one
+    for each pixel, and N - r*r zeros that are not stored. An ignored pixel has an entry
+    as well, so that all rows are equally long, but it holds 0  [N3].
     """
     M, points = patches.shape
-    columns = patches.long().clamp(max=num_classes - 1) * points + torch.arange(points)
-    return torch.sparse_csr_tensor(
-        torch.arange(M + 1) * points, columns.flatten(),
-        (patches < num_classes).float().flatten(),  # [N3]
-        (M, num_classes * points), check_invariants=False)
+    classes = patches.long().clamp(max=num_classes - 1)  # (M, points)
+    columns = classes * points + torch.arange(points)  # (M, points)
+    values = (patches < num_classes).float()  # (M, points)  [N3]
+    row_starts = torch.arange(M + 1) * points
+    return torch.sparse_csr_tensor(row_starts, columns.flatten(), values.flatten(),
+                                   (M, num_classes * points), check_invariants=False)
 
 
 def principal_components(label_maps, num_classes: int, *, ratio: int, components: int,
@@ -171,22 +238,30 @@ def principal_components(label_maps, num_classes: int, *, ratio: int, components
     """W (N, E) and the mean (N,) of Eq. (3), and the share of variance that is lost.
 
     `label_maps` has a length and is iterated over `passes` times: (H, W) uint8 each,
-    255 ignored. Every pass multiplies a block of 2*E vectors Q with the covariance C
-    without forming it: C Q = sum over windows of v (v^T Q) / M - mean (mean^T Q). That
-    turns Q towards the leading eigenvectors (subspace iteration, Halko et al. 2011,
-    Sec. 4.5)  [N5]. The literal reading, an SVD of all windows, is in
-    tests/test_dupsampling.py.
+    255 ignored. W's columns are the E leading eigenvectors of the covariance C of v,
+    which is too large to be written down. But a product with it needs the windows only
+    one after the other:
+
+        C Q = sum over windows of v (v^T Q) / M - mean (mean^T Q)
+
+    Multiply random vectors Q by C again and again, and they turn towards the leading
+    eigenvectors (subspace iteration, Halko et al. 2011, Sec. 4.5)  [N5]. The literal
+    reading, an SVD of all windows, is in tests/test_dupsampling.py.
     """
     N = num_classes * ratio**2
     if components > N:
         raise UserError(f"components={components}: a window of {ratio}x{ratio} with "
                         f"{num_classes} classes has {N} numbers only")
-    # With as many spare vectors, errors shrink by eigenvalue 2*E over E in each pass.
+    # Q has 2*E vectors where E are wanted. A pass shrinks the error of the E-th by the
+    # eigenvalue number 2*E+1 over number E. Without the spare vectors that would be
+    # number E+1 over number E, which is nearly 1.
     seed = torch.Generator().manual_seed(0)
     Q = torch.linalg.qr(torch.randn(N, min(2 * components, N), generator=seed)).Q
     for step in range(passes):
-        product, total, count = torch.zeros_like(Q), torch.zeros(N), 0
-        for done, v, weight in vectors(label_maps, ratio, num_classes):
+        product = torch.zeros_like(Q)
+        total = torch.zeros(N)
+        count = 0
+        for done, v, weight in vectors(label_maps, num_classes, ratio=ratio):
             columns = v.t().to_sparse_csr()  # v^T, laid out for a product from the left
             product += columns @ (weight[:, None] * (v @ Q))
             total += columns @ weight
@@ -194,56 +269,84 @@ def principal_components(label_maps, num_classes: int, *, ratio: int, components
             progress(step, passes, done)
         mean = total / count
         product = product / count - torch.outer(mean, mean @ Q)  # C Q
-        # The trace of C: v is zeros and ones, so its squares sum up to what it does.
+        # All variance is the trace of C. v holds zeros and ones only, so v^2 is v, and
+        # the mean of v^2 is the mean.
         variance = (mean.sum() - mean.square().sum()).item()
-        values, turn = torch.linalg.eigh(Q.T @ product)  # ascending
+        # The E best directions inside the span of Q are the leading eigenvectors of the
+        # small matrix Q^T C Q. `eigh` sorts ascending, hence the flips.
+        values, turn = torch.linalg.eigh(Q.T @ product)
         W = Q @ turn.flip(1)[:, :components]
         lost = 1 - values.flip(0)[:components].sum().item() / variance
-        Q = torch.linalg.qr(product).Q  # one turn further, orthonormal again
+        Q = torch.linalg.qr(product).Q  # orthonormal again, for the next pass
     return W, mean, lost
 
 
-def vectors(label_maps, ratio: int, num_classes: int, *, chunk=4096):
+def vectors(label_maps, num_classes: int, *, ratio: int, chunk=4096):
     """Yields (label maps read, v (M, N), weight (M,)), some `chunk` windows at a time.
 
-    Two thirds of CamVid's windows hold a single class and so are all the same vector:
-    those are counted (weight), not repeated.
+    Two thirds of CamVid's windows hold a single class, and all windows of one class are
+    the same vector. It comes once, and its weight says how many windows it stands for.
     """
     waiting = []
     for done, labels in enumerate(label_maps, start=1):
         waiting.append(windows(labels, ratio))
         if done < len(label_maps) and sum(map(len, waiting)) < chunk:
             continue
-        patches, waiting = torch.cat(waiting), []
+        patches = torch.cat(waiting)
+        waiting = []
         pure = (patches == patches[:, :1]).all(1)
+        mixed = patches[~pure]
         ids, counts = patches[pure, 0].unique(return_counts=True)
         alike = ids[:, None].expand(-1, ratio**2)
-        weight = torch.cat([torch.ones(int((~pure).sum())), counts.float()])
-        v = one_hot_rows(torch.cat([patches[~pure], alike]), num_classes)
+        weight = torch.cat([torch.ones(len(mixed)), counts.float()])
+        v = one_hot_rows(torch.cat([mixed, alike]), num_classes)
         yield done, v, weight
 
 
 def compress(labels: Tensor, W: Tensor, mean: Tensor, *, num_classes: int,
              ratio: int) -> Tensor:
-    """Eq. (2): x = P v, labels (B, H, W) -> Y~ (B, E, h, w). P is W^T.
+    """Eq. (2): x = P v, labels (B, H, W) -> Y~ (B, E, h, w), with P = W^T.
 
-    Eq. (3) asks for the best P as well, and with orthonormal columns that is it.
+    Eq. (3) asks for the best P as well. The columns of W are orthonormal, and then no
+    other P comes closer to v than the projection W^T.
     """
-    (B, H, W_), (N, E) = labels.shape, W.shape
-    h, w = -(-H // ratio), -(-W_ // ratio)
-    padded = F.pad(labels, (0, w * ratio - W_, 0, h * ratio - H), value=255)
-    v = F.pixel_unshuffle(one_hot(padded, num_classes), ratio)  # (B, N, h, w)
-    return F.conv2d(v - mean[:, None, None], W.T[:, :, None, None])  # (B, E, h, w)
+    B, height, width = labels.shape
+    N, E = W.shape
+    h, w = math.ceil(height / ratio), math.ceil(width / ratio)
+    padded = F.pad(labels, (0, w * ratio - width, 0, h * ratio - height), value=255)
+    v = F.pixel_unshuffle(one_hot(padded, num_classes), ratio)  # (B, N, h, w)  [N4]
+    centred = v - mean[:, None, None]  # (B, N, h, w)  [N2]
+    x = F.conv2d(centred, W.T[:, :, None, None])  # (B, E, h, w)
+    return x
 
 
 def decompress(x: Tensor, W: Tensor, *, ratio: int) -> Tensor:
-    """Eq. (2): v~ = W x at every location, windows side by side: a 1x1 convolution.
+    """Eq. (2): v~ = W x at every location, windows side by side: (B, K, h*r, w*r).
 
-    x (B, E, h, w), W (N, E) -> (B, K, h*r, w*r), on maps of any shape.
+    x (B, E, h, w), W (N, E). The same matrix at every location is a 1x1 convolution;
+    the pixel shuffle lays out the N numbers of a location as its r x r window  [N4].
     """
-    (B, E, h, w), N = x.shape, len(W)
+    B, E, h, w = x.shape
+    N = len(W)
     v = F.conv2d(x, W[:, :, None, None])  # (B, N, h, w)
-    return F.pixel_shuffle(v, ratio)  # (B, N/ratio/ratio, h*ratio, w*ratio)
+    drawn = F.pixel_shuffle(v, ratio)  # (B, K, h*ratio, w*ratio)
+    return drawn
+
+
+def downsample(x: Tensor, factor: int, size: tuple[int, int]) -> Tensor:
+    """Bilinear downsampling by a whole `factor` to `size` = (h, w), for Eq. (8).
+
+    Cell i of the result lies in the middle of the fine positions factor*i to
+    factor*i + factor-1. Where the last cell reaches past the map, the border is
+    repeated; to squeeze the map into `size` instead would shift what is in it. Bilinear
+    means that a cell reads the two middle positions in each direction (`factor` is
+    even, or 1) and none of the others.
+    """
+    rows, columns = x.shape[-2:]
+    h, w = size
+    x = repeat_border(x, h * factor - rows, w * factor - columns)
+    return F.interpolate(x, scale_factor=1 / factor, mode="bilinear",
+                         align_corners=False)
 
 
 # --- 3. Layers -----------------------------------------------------------------------
@@ -252,8 +355,9 @@ def decompress(x: Tensor, W: Tensor, *, ratio: int) -> Tensor:
 class Temperature(nn.Module):
     """Eq. (6): softmax(z / T); T is one number, learned from 1.
 
-    W rebuilds ones and zeros, logits one apart: far too even for a softmax. The network
-    could only answer with a large F; T lets a single number do it (Fig. 5).  [N11]
+    W rebuilds ones and zeros, so the logits of a perfect drawing are 1 apart, and their
+    softmax is far too even. Without T the network could only answer with a large F. T
+    lets one number do it, and the loss no longer stalls (Fig. 5).  [N11]
     """
 
     def __init__(self):
@@ -267,16 +371,18 @@ class Temperature(nn.Module):
 class DUpsample(nn.Module):
     """Fig. 3: every location's E numbers to its r x r window of logits.
 
-    W is in every checkpoint, but not trained unless `learn` says so: the encoder learns
-    a code that exists, not the code and its meaning at once  [N1]. Until `prepare` has
-    seen the labels W is random, and training warns of it.
+    W is in every checkpoint, but it is not trained unless `learn` says so: the encoder
+    learns to write a code that exists, instead of the code and its meaning at once
+    [N1]. Until `prepare` has seen the labels W is random, and training warns of it.
     """
 
-    def __init__(self, components: int, num_classes: int, ratio: int, *, learn: bool,
+    def __init__(self, *, components: int, num_classes: int, ratio: int, learn: bool,
                  mean: bool, temperature: bool):
         super().__init__()
         N = num_classes * ratio**2
-        self.num_classes, self.ratio, self.use_mean = num_classes, ratio, mean
+        self.num_classes = num_classes
+        self.ratio = ratio
+        self.use_mean = mean
         W = torch.linalg.qr(torch.randn(N, components)).Q
         self.W = nn.Parameter(W, requires_grad=learn)
         self.register_buffer("mean", torch.zeros(N))  # [N2]
@@ -287,7 +393,8 @@ class DUpsample(nn.Module):
         with full_precision(x):  # logits that differ by 0.02 would not survive bfloat16
             z = decompress(x.float(), self.W, ratio=self.ratio)
             if self.use_mean:
-                z = z + self.mean.reshape(-1, self.ratio, self.ratio).tile(x.shape[-2:])
+                window = self.mean.reshape(-1, self.ratio, self.ratio)
+                z = z + window.tile(x.shape[-2:])
             return self.temperature(z)
 
 
@@ -303,8 +410,10 @@ class Fuse(nn.Module):
 
     def forward(self, last: Tensor, low: Tensor) -> Tensor:
         B, D, h, w = last.shape
-        # Shrinking first changes nothing (both are linear) and costs up to 64x less.
-        low = self.reduce(downsample(low, self.factor, (h, w)))  # (B, L, h, w)
+        # Downsampled first, as Eq. (8) has it. The other way round, the 1x1 of `reduce`
+        # would visit up to 64 times as many positions at output stride 16.
+        low = downsample(low, self.factor, (h, w))
+        low = self.reduce(low)  # (B, L, h, w)
         both = torch.cat([last, low], dim=1)  # (B, D+L, h, w)
         return self.f(both)
 
@@ -312,100 +421,146 @@ class Fuse(nn.Module):
 class DUpsamplingDecoder(nn.Module):
     """Fig. 2: fuse on the coarse map, say E numbers per location, let W draw."""
 
-    def __init__(self, encoder: nn.Module, channels: int, components: int,
-                 num_classes: int, *, fuse, output_stride: int, **options):
+    def __init__(self, encoder: nn.Module, num_classes: int, *, channels: int,
+                 components: int, fuse: tuple[str, ...], output_stride: int, **options):
         super().__init__()
-        self.fuse, self.stride = fuse, 1
+        self.fuse = fuse
         self.fusions = nn.ModuleList(
-            Fuse(encoder.channels[n], channels, factor=output_stride // STRIDES[n])
-            for n in fuse)
+            Fuse(encoder.channels[stage], channels,
+                 factor=output_stride // STRIDES[stage])
+            for stage in fuse)
         self.project = nn.Conv2d(channels, components, 1, bias=False)  # D to E
-        self.dupsample = DUpsample(components, num_classes, output_stride, **options)
+        self.dupsample = DUpsample(components=components, num_classes=num_classes,
+                                   ratio=output_stride, **options)
 
     def forward(self, context: Tensor, features: dict[str, Tensor]) -> Tensor:
+        """F of Eq. (4) and Eq. (5): what is said of each window, (B, E, h, w)."""
         if self.training and not self.dupsample.fitted:
             warnings.warn("W is random: call dupsampling.prepare(model, label_maps)")
-        return self.dupsample(self.compressed(context, features))
-
-    def compressed(self, context: Tensor, features: dict[str, Tensor]) -> Tensor:
-        """F of Eq. (4) and Eq. (5): what is said of each window, (B, E, h, w)."""
-        for name, fusion in zip(self.fuse, self.fusions):  # one after the other  [N6]
-            context = fusion(context, features[name])
+        for stage, fusion in zip(self.fuse, self.fusions):  # one after the other  [N6]
+            context = fusion(context, features[stage])
         return self.project(context)
+
+    def to_pixels(self, coarse: Tensor, size: tuple[int, int], rows=None) -> Tensor:
+        """Eq. (5): W draws logits (B, K, H, W) for `size` = (H, W).
+
+        A window does not depend on its neighbours. So for `rows` = (lo, hi), the rows
+        lo to hi-1 of the image, W draws the windows that these rows pass through and no
+        others. What windows have too much, at the far borders too, is cut off.
+        """
+        r = self.dupsample.ratio
+        lo, hi = rows or (0, size[0])
+        first, end = lo // r, math.ceil(hi / r)  # rows of the grid of windows
+        drawn = self.dupsample(coarse[:, :, first:end])
+        return drawn[..., lo - first * r:hi - first * r, :size[1]]
 
 
 class VanillaDecoder(nn.Module):
     """Eq. (7), Fig. 1: bring everything to the finest fused map, convolve there.
 
-    The convolutions of Fuse, on a map of up to 64 times as many positions.
+    The convolutions are those of `Fuse`, on a map of up to 64 times as many positions.
+    Without W the resolution of the logits is that of the finest feature, so there is no
+    other place for them.
     """
 
-    def __init__(self, encoder: nn.Module, channels: int, num_classes: int, *, fuse,
-                 output_stride: int, reduced=48):
+    def __init__(self, encoder: nn.Module, num_classes: int, *, channels: int,
+                 fuse: tuple[str, ...], output_stride: int, reduced=48):
         super().__init__()
-        self.fuse, self.from_stride = fuse, output_stride
-        self.stride = min(STRIDES[name] for name in fuse)
-        self.reduce = nn.ModuleList(conv_bn_relu(encoder.channels[name], reduced, 1)
-                                    for name in fuse)
+        self.fuse = fuse
+        self.context_stride = output_stride
+        self.stride = min(STRIDES[stage] for stage in fuse)
+        self.reduce = nn.ModuleList(conv_bn_relu(encoder.channels[stage], reduced, 1)
+                                    for stage in fuse)
         self.f = nn.Sequential(
             *separable_conv(channels + reduced * len(fuse), channels),
             *separable_conv(channels, channels))
-        self.classify = nn.Conv2d(channels, num_classes, 1, bias=False)  # as counted
+        self.classify = nn.Conv2d(channels, num_classes, 1, bias=False)  # [N9]
 
     def forward(self, context: Tensor, features: dict[str, Tensor]) -> Tensor:
         finest = min(self.fuse, key=STRIDES.get)
         size = features[finest].shape[-2:]
-        maps = [upsample(context, self.from_stride // self.stride, size)]
-        maps += [upsample(reduce(features[name]), STRIDES[name] // self.stride, size)
-                 for name, reduce in zip(self.fuse, self.reduce)]
+        maps = [upsample(context, self.context_stride // self.stride, size)]
+        for stage, reduce in zip(self.fuse, self.reduce):
+            low = reduce(features[stage])
+            maps.append(upsample(low, STRIDES[stage] // self.stride, size))
         return self.classify(self.f(torch.cat(maps, dim=1)))
+
+    def to_pixels(self, logits: Tensor, size: tuple[int, int], rows=None) -> Tensor:
+        return upsample(logits, self.stride, size, rows)
 
 
 class BilinearDecoder(nn.Module):
-    """Eq. (1): classify the coarse map; its logits are enlarged by `output_stride`."""
+    """Eq. (1): classify the coarse map and enlarge its logits by the output stride."""
 
-    def __init__(self, channels: int, num_classes: int, *, output_stride: int):
+    def __init__(self, num_classes: int, *, channels: int, output_stride: int):
         super().__init__()
-        self.classify, self.stride = nn.Conv2d(channels, num_classes, 1), output_stride
+        self.stride = output_stride
+        self.classify = nn.Conv2d(channels, num_classes, 1)
 
     def forward(self, context: Tensor, features: dict[str, Tensor]) -> Tensor:
         return self.classify(context)
 
+    def to_pixels(self, logits: Tensor, size: tuple[int, int], rows=None) -> Tensor:
+        return upsample(logits, self.stride, size, rows)
+
 
 class XceptionShapes(nn.Module):
-    """Widths of Xception-65: entry flow at 1/4, middle flow at 1/16.  [N10]"""
+    """Sizes of Xception's maps: entry flow at 1/4, middle flow and end at 1/16.  [N10]
+
+    There is nothing in it that could be trained: it makes empty maps, on the meta
+    device only, so that the cost of a decoder on them can be counted.
+    """
 
     channels = {"res2": 256, "res4": 728, "res5": 2048}
+    strides = {"res2": 4, "res4": 16, "res5": 16}
+    in_channels = 3
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         if not images.is_meta:
             raise UserError("xception65 is known by its shapes only: for cost")
-        (B, _, H, W), strides = images.shape, (4, 16, 16)
-        return {name: images.new_empty(B, channels, -(-H // s), -(-W // s))
-                for (name, channels), s in zip(self.channels.items(), strides)}
+        B, _, H, W = images.shape
+        features = {}
+        for stage, channels in self.channels.items():
+            s = self.strides[stage]
+            features[stage] = images.new_empty(B, channels, math.ceil(H / s),
+                                               math.ceil(W / s))
+        return features
 
 
 # --- 4. Model ------------------------------------------------------------------------
 
 
 class DUpsampling(nn.Module):
-    """Fig. 2: (dilated) encoder, ASPP, and one of the decoders."""
+    """Fig. 2: encoder, ASPP, and DUpsampling's decoder or one of its rivals.
+
+    How pixels are made of what a decoder says on its coarse grid is the question of the
+    paper. So each decoder has its own `to_pixels`.
+    """
 
     def __init__(self, encoder: nn.Module, context: nn.Module, decoder: nn.Module,
                  aux_heads: nn.ModuleList):
         super().__init__()
-        self.encoder, self.context = encoder, context
-        self.decoder, self.aux_heads = decoder, aux_heads
+        self.encoder = encoder
+        self.context = context
+        self.decoder = decoder
+        self.aux_heads = aux_heads
 
     def forward(self, images: Tensor) -> dict:
         """images (B, 3, H, W) -> {"out": (B, K, H, W), "aux": [(B, K, H/16, W/16)]}."""
-        B, _, H, W = images.shape
+        coarse, aux = self.decode(images)
+        return {"out": self.to_pixels(coarse, images.shape[-2:]), "aux": aux}
+
+    def decode(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """images (B, 3, H, W) -> F (B, E, h, w) or a rival's logits, auxiliary ones."""
         features = self.encoder(images)
         context = self.context(features["res5"])  # (B, D, h, w)
-        logits = self.decoder(context, features)
-        out = upsample(logits, self.decoder.stride, (H, W))  # (B, K, H, W)
+        coarse = self.decoder(context, features)
         aux = [head(features["res4"]) for head in self.aux_heads if self.training]
-        return {"out": out, "aux": aux}
+        return coarse, aux
+
+    def to_pixels(self, coarse: Tensor, size: tuple[int, int], rows=None) -> Tensor:
+        """Logits of all H x W pixels, or, for `rows` = (lo, hi), of rows lo to hi-1."""
+        return self.decoder.to_pixels(coarse, size, rows)
 
 
 def build(num_classes: int, *, backbone="resnet50", weights="none",
@@ -414,14 +569,16 @@ def build(num_classes: int, *, backbone="resnet50", weights="none",
           init="official", aux=False) -> DUpsampling:
     """DUpsampling or one of its rivals; VARIANTS names the rows of the paper's tables.
 
+    decoder            'dupsampling', 'vanilla' (Table 3) or 'bilinear' (Table 1)
     channels           width D of ASPP and decoder (256)  [N7]
     components         E, numbers per window (64, Sec. 4)  [N10]
-    output_stride      the ratio r of the upsampling too (16 or 32)
+    output_stride      of the encoder, and the ratio r of the upsampling (16 or 32)
     fuse               low-level features, fused in this order (Table 2)
     temperature        learn T (Sec. 4.1.4)
     learn_upsampling   train W too  [N1]
     mean               add the mean window to the logits  [N2]
     init               of new layers: 'official' as the paper says, or 'torch'  [N8]
+    aux                a classifier on res4 while training; the paper has none
     """
     for name, value, known in (
             ("decoder", decoder, ("dupsampling", "vanilla", "bilinear")),
@@ -430,24 +587,30 @@ def build(num_classes: int, *, backbone="resnet50", weights="none",
             raise UserError(f"{name}={value!r}: must be one of {', '.join(known)}")
     if not set(fuse) <= set(STRIDES) or (decoder == "vanilla" and not fuse):
         raise UserError(f"fuse={fuse!r}: must name some of {', '.join(STRIDES)}")
-    encoder = XceptionShapes() if backbone == X65 else make_encoder(
-        backbone, num_classes, weights=weights, output_stride=output_stride)  # [N7]
-    context = ASPP(encoder.channels["res5"], channels, projection=1,
-                   rates=tuple(r * 32 // output_stride for r in (3, 6, 9)))
-    if decoder == "dupsampling":
-        head = DUpsamplingDecoder(
-            encoder, channels, components, num_classes, fuse=fuse, mean=mean,
-            learn=learn_upsampling, temperature=temperature,
-            output_stride=output_stride)
-    elif decoder == "vanilla":
-        head = VanillaDecoder(encoder, channels, num_classes, fuse=fuse,
-                              output_stride=output_stride)
+    if backbone == "xception65":
+        encoder = XceptionShapes()
     else:
-        head = BilinearDecoder(channels, num_classes, output_stride=output_stride)
-    for layer in [*context.modules(), *head.modules()]:
-        if isinstance(layer, nn.Conv2d) and init == "official":
-            nn.init.normal_(layer.weight, std=0.1)  # [N8]
-    return DUpsampling(encoder, context, head, fcn_heads(encoder, num_classes, aux))
+        encoder = make_encoder(backbone, num_classes, weights=weights,
+                               output_stride=output_stride)
+    rates = tuple(rate * 32 // output_stride for rate in (3, 6, 9))  # [N7]
+    context = ASPP(encoder.channels["res5"], channels, projection=1, rates=rates)
+    if decoder == "dupsampling":
+        decoder_module = DUpsamplingDecoder(
+            encoder, num_classes, channels=channels, components=components, fuse=fuse,
+            output_stride=output_stride, learn=learn_upsampling, mean=mean,
+            temperature=temperature)
+    elif decoder == "vanilla":
+        decoder_module = VanillaDecoder(encoder, num_classes, channels=channels,
+                                        fuse=fuse, output_stride=output_stride)
+    else:
+        decoder_module = BilinearDecoder(num_classes, channels=channels,
+                                         output_stride=output_stride)
+    if init == "official":
+        for layer in [*context.modules(), *decoder_module.modules()]:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.normal_(layer.weight, std=0.1)  # variance 0.01  [N8]
+    return DUpsampling(encoder, context, decoder_module,
+                       fcn_heads(encoder, num_classes, aux))
 
 
 def prepare(model: DUpsampling, label_maps, **options) -> str:
@@ -459,16 +622,19 @@ def prepare(model: DUpsampling, label_maps, **options) -> str:
     W, mean, lost = principal_components(label_maps, last.num_classes, components=E,
                                          ratio=last.ratio, **options)
     last.load_state_dict({"W": W, "mean": mean, "fitted": torch.tensor(True)},
-                         strict=False)  # all but T
+                         strict=False)  # strict would ask for T as well
     return f"W: {E} of {N} directions keep {1 - lost:.2%} of the labels' variance"
 
 
 def pretrain_loss(model: DUpsampling, images: Tensor, labels: Tensor) -> Tensor:
-    """Eq. (4): squared distance of F and the compressed labels, a mean per number."""
+    """Eq. (4): squared distance of F and the compressed labels, a mean per number.
+
+    The paper's sum over all numbers would grow with the size of the crops.
+    """
     if not isinstance(model.decoder, DUpsamplingDecoder):
         raise UserError("--pretrain: this variant has no compressed labels to regress")
-    features, last = model.encoder(images), model.decoder.dupsample
-    said = model.decoder.compressed(model.context(features["res5"]), features)
+    said, _ = model.decode(images)
+    last = model.decoder.dupsample
     wanted = compress(labels, last.W.detach(), last.mean, ratio=last.ratio,
                       num_classes=last.num_classes)
     return F.mse_loss(said.float(), wanted)
@@ -481,19 +647,21 @@ def explain(model: DUpsampling, image: Tensor, *, palette=None):
     """What W knows and what the network says: Fig. 3 from the model's own tensors.
 
     image (1, 3, H, W), normalised -> matplotlib Figure. Above: the image, the first
-    three numbers of F as colours, the labels that W draws of them, those labels
-    compressed again (Y~). Below: the first eight columns of W as windows of labels,
-    each pixel in the colour of the class that it speaks for most, bright if loudly.
+    three numbers of F as colours, the labels that W draws of them, and those labels
+    compressed again (Y~). Where the second and the fourth picture differ, the network
+    says numbers that no picture of labels would give. Below: the first eight columns of
+    W as windows of labels. Each pixel has the colour of the class that it speaks for
+    most, and it is bright where its number is large.
     """
     from matplotlib.figure import Figure
     if not isinstance(model.decoder, DUpsamplingDecoder):
         raise UserError("nothing to explain: this variant has no W")
     last = model.decoder.dupsample
-    K, r = last.num_classes, last.ratio
+    K = last.num_classes
+    r = last.ratio
     with torch.no_grad():
-        features = model.encoder(image)
-        said = model.decoder.compressed(model.context(features["res5"]), features)
-        labels = model(image)["out"].argmax(1)
+        said, _ = model.decode(image)
+        labels = model.to_pixels(said, image.shape[-2:]).argmax(1)
         again = compress(labels, last.W, last.mean, num_classes=K, ratio=r)
     colours = label_colours(palette, K)
     figure = Figure(figsize=(13, 4.4), layout="constrained")
@@ -504,9 +672,10 @@ def explain(model: DUpsampling, image: Tensor, *, palette=None):
     for axis, title in zip(above.subplots(1, 4), pictures):
         show(axis, pictures[title], title)
     for i, axis in enumerate(below.subplots(1, 8)):
-        loud, who = last.W[:, i].detach().reshape(K, r, r).abs().max(0)
-        show(axis, (colours[who] * (loud / loud.max())[..., None]).byte(),
-             f"column {i} of W")
+        window = last.W[:, i].detach().reshape(K, r, r)
+        size, classes = window.abs().max(0)
+        brightness = (size / size.max())[..., None]
+        show(axis, (colours[classes] * brightness).byte(), f"column {i} of W")
     return figure
 
 
@@ -515,15 +684,16 @@ def explain(model: DUpsampling, image: Tensor, *, palette=None):
 
 def demo() -> None:
     """The way of one small image through DUpsampling, and what each variant costs."""
-    from evaluate import print_costs
     model = build(19, backbone="resnet18").eval()
     image = torch.randn(1, 3, 96, 160)
-    features = model.encoder(image)
-    said = model.decoder.compressed(model.context(features["res5"]), features)
-    more = {"F": said, "W": model.decoder.dupsample.W, "out": model(image)["out"]}
-    for name, x in ({"image": image} | features | more).items():
+    with torch.no_grad():
+        features = model.encoder(image)
+        said, _ = model.decode(image)
+        logits = model.to_pixels(said, image.shape[-2:])
+    steps = {"F": said, "W": model.decoder.dupsample.W, "out": logits}
+    for name, x in ({"image": image} | features | steps).items():
         print(f"{name:<8} {tuple(x.shape)}")
-    print_costs("dupsampling", VOC, backbone=R50)
+    print_costs("dupsampling", (513, 513))
 
 
 if __name__ == "__main__":

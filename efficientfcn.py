@@ -11,10 +11,12 @@ The idea
     codeword belongs there, and that mixture is the upsampled feature.
 
 Dimension key
-    B batch (the paper's base map B is `base`)   K classes   n codewords (256)
-    D channels of a codeword (1024; the paper's C holds all n, here `codewords`)
-    M, L channels of the fused maps m32, m8 (1536)   H, W image size
-    h, w = ceil(H/32), ceil(W/32)   q, r = ceil(H/8), ceil(W/8)
+    B batch   K classes   H, W image size   n codewords (256)
+    D channels of a codeword, and of the maps base and guidance (1024)
+    M, L channels of the fused maps m32 and m8 (1536 each)
+    h, w = ceil(H/32), ceil(W/32): the coarse grid   q, r = ceil(H/8), ceil(W/8)
+    The paper's B, the base map, is `base` here; its C, all codewords, is `codewords`;
+    its A, the weighting maps, is `maps`; its W, the assembly weights, is `weights`.
 
 Paper -> code
     | Fig. 2          | HolisticallyGuidedDecoder.steps   | every tensor by its name |
@@ -23,46 +25,111 @@ Paper -> code
     | Eq. (2)         | codebook                          | c_i = sum A~_i B |
     | Eq. (3)         | assemble                          | f~8 = W^T C |
     | Sec. 3.2, f^8   | HolisticallyGuidedDecoder.forward | [f~8; G], classifier |
-    | Sec. 3.1        | EfficientFCN.forward              | encoder, decoder, x8 |
+    | Sec. 3.1        | EfficientFCN.decode               | encoder, then decoder |
+    | Sec. 3.2, mask  | EfficientFCN.to_pixels            | logits at 1/8, times 8 |
     | Fig. 3          | explain                           | where codewords come from |
     | Table 1, FCN-*  | FCNDecoder                        | no way up at all |
     | Table 1, UNet-* | UNetDecoder                       | bilinear or deconvolution |
 
-Notes (paper says / official code does / we do / effect)
-    N1  Cost of Table 1: 69.6 GMACs, 55.8 M / the text has 52.6 and 50.3 by the paper's
-        counter, the code 60.2 and 52.2 / `published-cost` has widths that give the
-        numbers of Tables 1 and 4. They were found by search and contradict the 1024
-        of the text: a guess that fits, not a fact / scores of these widths unknown.
-        That counter adds 2 per element of a batch norm, sees no matrix product, and
-        its Params include the encoder's unused ImageNet classifier (2.049 M).
-    N2  Depth: A and W each by one 1x1, classifier on f^8 / two 1x1 each, and one from
-        2D to 1024 channels before the classifier / text; `official` is the code /
-        +2.2 M, +8.6 GMACs; on scores unknown.
-    N3  Stride 8: res3 compressed to 512 / res3 as it is / text; `official` is the code
-        / -0.3 M, -1.1 GMACs; res3 of ResNet-50 and -101 has 512 channels anyway.
-    N4  Batch norm and ReLU: silent / after every 1x1 but the last of A (batch norm
-        only) and the classifier / as the code / W >= 0: codewords add, never cancel.
-    N5  f~8 is scaled by n^-0.5: silent / yes / as the code / else n terms, none of
-        them with W < 0, add up and outweigh G, which stands beside f~8 in f^8.
-    N6  Concatenated to f~8: "the guidance feature map G" / G without the mean of the
-        base map / G / with G-bar one vector would be repeated at every location.
-    N7  Resizing: "bilinear" / align_corners=True, which is exact at 32k + 1 pixels; at
-        512 it lays the last 1/32 row, centred on pixel 480, on the 1/8 row at 504 /
-        the exact positions at any size / none at 32k + 1; on streets none to see.
-    N8  Bias of A's last batch norm: silent / there / there, so that sizes agree /
-        none: Eq. (1) cancels what is constant over space, its gradient is rounding.
-    N9  Dropout before the classifier: silent / 0.1, whole channels / as the code, in
-        the U-Nets too / unknown.
-    N10 Auxiliary losses: none / none / none; the U-Nets have two 1x1 heads, which
-        Table 1 seems to count (0.06 M, 0.04 GMACs; our GMACs are without) / unknown.
-        The U-Nets' widths are not given: ours were searched to fit the table.
-    N11 Stem: "the original ResNet" / three 3x3 and average-pooled shortcuts / the
-        backbone's suffix says; shortcuts are torchvision's / the published costs need
-        (32, 32, 64), but dilated-fcn8s's 223.6 GMACs (64, 64, 128), 217.8 otherwise.
-    N12 Training: ADE20K 120 epochs / 80, batch 32; decoder at 10x the learning rate of
-        the encoder, not in the text; PASCAL Context with 59 classes, background
-        ignored, where the paper counts 60 / text plus the code's 10x and batch sizes;
-        `context59` is the code's, `context60` the text's / unknown.
+Notes: what the paper says, what the official code does, what is done here, and what
+it changes. "Code" is jianbo909/efficientFCN, the repository of the first author.
+GMACs and parameters are those of ResNet-101 with 60 classes at 512x512 pixels.
+    N1  Cost in Table 1.
+        Paper: 69.6 GMACs and 55.8 M parameters. The paper's counter adds 2 per element
+               of a batch norm and sees none of the matrix products of Eqs. (2) and (3).
+               The parameters include the ImageNet classifier of the encoder, 2.049 M
+               that are not used.
+        Code:  Has 60.2 GMACs and 52.2 M by that counter.
+        Here:  `default` is the text, with 52.6 GMACs and 50.3 M by that counter. The
+               variant `published-cost` has widths that give all costs which Tables 1
+               and 4 print for EfficientFCN. They were found by a search, and they
+               contradict the text's codewords of 1024 numbers: a guess that fits, not a
+               fact.
+        Effect: Only the cost of `published-cost` can be compared with the paper's. On
+               scores: not measured.
+    N2  Depth of the branches.
+        Paper: One 1x1 each gives A and W, and a 1x1 on f^8 gives the logits.
+        Code:  Two 1x1 each for A and W, and one more in front of the classifier, from
+               2 D to 1024 channels.
+        Here:  As the paper. `double` and `conv_up` are the code's layers; the variant
+               `official` has both, and N3's.
+        Effect: The code's layers add 2.2 M parameters and 8.6 GMACs. On scores: not
+               measured.
+    N3  The map at stride 8.
+        Paper: A 1x1 compresses it to 512 channels, as those at 16 and 32.
+        Code:  res3 enters as it is.
+        Here:  As the paper. `compress_e8=False`, also in `official`, is the code.
+        Effect: The code saves 0.3 M parameters and 1.1 GMACs. The fused maps are
+               equally wide, since res3 of ResNet-50 and ResNet-101 has 512 channels
+               anyway. On scores: not measured.
+    N4  Batch norm and ReLU.
+        Paper: Silent.
+        Code:  Both follow every 1x1, with two exceptions: the last one of A has a batch
+               norm only, and the classifier has neither.
+        Here:  As the code.
+        Effect: The assembly weights W are never negative, so codewords are added and
+               never cancel each other. On scores: not measured.
+    N5  Scale of the assembled feature.
+        Paper: Silent; Eq. (3) has no factor.
+        Code:  f~8 is multiplied by n^-0.5.
+        Here:  As the code.
+        Effect: Without it, n terms, none of them with a negative weight (N4), would add
+               up, and f~8 would outweigh G, which stands beside it in f^8. On scores:
+               not measured.
+    N6  What is concatenated to f~8.
+        Paper: "the guidance feature map G" (Sec. 3.2).
+        Code:  G, before the mean of the base map is added.
+        Here:  As both.
+        Effect: With G-bar, one and the same vector would be repeated at every
+               location, which tells no two places apart. On scores: not measured.
+    N7  Resizing inside the decoder.
+        Paper: "bilinear downsampling", and upsampling "in a similar manner".
+        Code:  align_corners=True: corners are laid on corners, whatever the sizes.
+        Here:  Every map stays on the grid that the encoder's strides make, at any
+               image size: position i at 1/32 is position 4 i at 1/8.
+        Effect: Both are the same at image sides of 32 k + 1, where the variant
+               `official` and the code give equal outputs. At 512 the last row at 1/32
+               is centred on pixel 480, but the code lays it on the row at 1/8 that is
+               centred on pixel 504. There the outputs of the two decoders with the same
+               random weights differ by up to 0.071, where the largest is 0.65, and 85 %
+               of the positions keep their class (measured). So released weights would
+               not give the released scores here. On the procedural streets no
+               difference was seen.
+    N8  Bias of A's last batch norm.
+        Paper: Silent.
+        Code:  There.
+        Here:  There, so that the parameters are the code's.
+        Effect: None. Eq. (1) cancels what is constant over space, and the gradient of
+               this bias is nothing but rounding.
+    N9  Dropout in front of the classifier.
+        Paper: Silent.
+        Code:  Whole channels, each with probability 0.1.
+        Here:  As the code, and in the U-Nets too.
+        Effect: Not measured.
+    N10 Auxiliary losses, and the U-Nets of Table 1.
+        Paper: No auxiliary loss is mentioned, and the U-Nets' widths are not given.
+        Code:  EfficientFCN has no auxiliary loss.
+        Here:  EfficientFCN has none. The U-Nets have one 1x1 head at 1/32 and one at
+               1/16, because Table 1 seems to count them (0.06 M parameters and 0.04
+               GMACs, which our GMACs are without). Their widths were found by a search,
+               too. `aux=False` leaves the heads out.
+        Effect: The U-Nets' costs are met and prove nothing. On scores: not measured.
+    N11 Stem and shortcuts of the encoder.
+        Paper: "the original ResNet" (Sec. 4.1).
+        Code:  Three 3x3 convolutions as stem, and shortcuts that average before they
+               halve the resolution.
+        Here:  The backbone's suffix names the stem; shortcuts are torchvision's.
+        Effect: The costs of Table 1 need the stem (32, 32, 64), `resnet101c`. Only the
+               223.6 GMACs of dilatedFCN-8s need (64, 64, 128), `resnet101s`; with the
+               other they would be 217.8. On scores: not measured.
+    N12 Training.
+        Paper: 120 epochs on ADE20K, no batch size, one learning rate. PASCAL Context is
+               counted with 60 classes.
+        Code:  80 epochs on ADE20K with a batch of 32. The decoder learns at 10 times
+               the rate of the encoder. Context has 59 classes; background is ignored.
+        Here:  The recipes are the paper's, with the code's batch sizes and its 10
+               times. `context59` are the code's classes, `context60` the paper's.
+        Effect: Not measured.
 
 Run
     python efficientfcn.py                     shapes and costs, seconds on a CPU
@@ -71,22 +138,25 @@ Run
 """
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (Encoder, FCNHead, UserError, conv_bn_relu, full_precision,
-                    label_colours, published, repeat_border, show, upsample, viewable)
+                    label_colours, print_costs, repeat_border, show, upsample, viewable)
 
 # --- 1. Config -----------------------------------------------------------------------
 
 STRIDES = {"res3": 8, "res4": 16, "res5": 32}
 SCALES = tuple(STRIDES)  # in the order of m8 and m32
-CODE = {"double": True, "conv_up": True}  # [N2]
+CODE = {"double": True, "conv_up": True}  # the layers that only the code has  [N2]
 VARIANTS = {
     "default": {},
     "official": CODE | {"compress_e8": False},  # [N3]
-    "published-cost": CODE | {"codeword_channels": 1536, "weighting_hidden": 512},
+    "published-cost": CODE | {  # [N1]
+        "codeword_channels": 1536, "weighting_hidden": 512},
     # Table 1: the classical ways up
     "fcn32s": {"decoder": "fcn"},
     "dilated-fcn8s": {"decoder": "fcn", "output_stride": 8},
@@ -104,12 +174,15 @@ VARIANTS = {
     "n512": {"codewords": 512},
     "n1024": {"codewords": 1024},
     "n600": {"codewords": 600},
-    # Sec. 4.2: the assembly weights are predicted without knowing the codewords
+    # Sec. 4.2: the assembly weights are predicted without knowing the codewords, by
+    # "two 1x1 convolutions with the same output channels". We read that as those of
+    # `default`, one to G and one to W, which is a guess.
     "no-transfer": {"transfer": False},
 }
 
 FROM_SCRATCH = {}  # options of `build` in train.py's own recipes
-PAPER, OFFICIAL = "paper, Sec. 4.1", "official code"
+PAPER = "paper, Sec. 4.1"
+OFFICIAL = "official code"
 SCHEDULE = {"lr": (0.001, PAPER), "head_lr": (10.0, OFFICIAL),
             "weight_decay": (1e-4, PAPER), "backbone": ("resnet101", PAPER),
             "weights": ("imagenet", PAPER), "batch": (16, OFFICIAL),
@@ -129,56 +202,31 @@ RECIPES = {
         "lr": (0.002, PAPER), "crop": ((576, 576), PAPER), "batch": (32, OFFICIAL)},
 }
 
-
-def measured(table, variant, gmacs, *, backbone="resnet101c", classes=60, **more):
-    """A row of the paper: 512x512, its own counter, scores over several scales [N1]."""
-    if gmacs is not None:
-        more = {"rule": "thop", "unused": 2.049} | more
-    return published(table, variant, backbone, (512, 512), classes, gmacs, **more)
-
-
-PUBLISHED = [
-    measured("1", "fcn32s", 44.6, params=54.0, miou_ms=43.3),
-    measured("1", "dilated-fcn8s", 223.6, backbone="resnet101s", params=54.0,
-             miou_ms=47.2),  # [N11]
-    measured("1", "unet-bilinear", 87.9, params=60.7, miou_ms=49.3),
-    measured("1", "unet-deconv", 93.2, params=62.8, miou_ms=49.1),
-    measured("1", "published-cost", 69.6, params=55.8, miou_ms=55.3),
-    measured("1", "official", 69.6, params=55.8, miou_ms=55.3,
-             why="N1: the released code is smaller than the network counted"),
-    measured("1", "default", 69.6, params=55.8, miou_ms=55.3,
-             why="N1: the text's network is smaller than the one counted"),
-    measured("2", "codebook-32", None, miou_ms=54.8),
-    measured("2", "codebook-16-32", None, miou_ms=55.1),
-    measured("2", "default", None, miou_ms=55.3),
-    measured("3", "guidance-8", None, miou_ms=47.9),
-    measured("3", "guidance-8-16", None, miou_ms=52.1),
-    measured("3", "default", None, miou_ms=55.3),
-    *(measured("4", "published-cost", gmacs, miou_ms=miou, options={"codewords": n})
-      for n, gmacs, miou in ((32, 67.9, 54.5), (64, 68.1, 54.9), (128, 68.6, 55.0),
-                             (256, 69.6, 55.3), (512, 72.1, 55.5), (1024, 78.9, 55.1))),
-    measured("4.2", "no-transfer", None, miou_ms=54.2),
-    measured("5", "published-cost", 70, miou_ms=55.3),
-    measured("5", "n600", None, classes=150, miou_ms=45.28),
-    measured("6", "default", None, classes=21, miou_ms=85.4),
-]
-
 # --- 2. Equations --------------------------------------------------------------------
-# Each has a literal twin, a loop over codewords and places, in
+# Each of Eqs. (1) to (3) has a literal twin, a loop over codewords and places, in
 # tests/test_efficientfcn.py.
 
 
 def to_grid(x: Tensor, factor: float, size: tuple[int, int]) -> Tensor:
     """Bilinear resizing by 1/4 .. 4 that leaves every position where it is.  [N7]
 
-    A stride-2 convolution centres position i of its output on position 2i of its input.
-    So 4 x 1/32 is: three new rows after each row but the last, which is repeated.
+    A stride-2 convolution centres position i of its output on position 2 i of its
+    input. So position i of the 1/32 map and position 4 i of the 1/8 map are the same
+    place of the image.
+
+    Downwards, a coarse position falls on a fine one, and bilinear interpolation reads
+    that one alone. Upwards, three new rows follow each row but the last. The last one
+    is repeated, as far as the finer map of `size` = (q, r) reaches beyond it.
     """
     if factor <= 1:
         step = round(1 / factor)
         return x[..., ::step, ::step]
-    (h, w), (q, r), f = x.shape[-2:], size, round(factor)
-    x = F.interpolate(x, (f * (h - 1) + 1, f * (w - 1) + 1), mode="bilinear",
+    h, w = x.shape[-2:]
+    q, r = size
+    step = round(factor)
+    # h rows have h-1 gaps between them, and a gap becomes `step` steps. Corners are
+    # aligned because the first and the last row keep their places.
+    x = F.interpolate(x, (step * (h - 1) + 1, step * (w - 1) + 1), mode="bilinear",
                       align_corners=True)
     x = repeat_border(x, max(q - x.shape[-2], 0), max(r - x.shape[-1], 0))
     return x[..., :q, :r]
@@ -206,29 +254,41 @@ def codebook(weighting: Tensor, base: Tensor) -> Tensor:
     weighting (B, n, h, w), base (B, D, h, w) -> codewords (B, D, n), which have no
     spatial order left: shuffling the places of both inputs changes nothing.
     """
+    B, n, h, w = weighting.shape
+    places = base.flatten(2)  # (B, D, h*w)
+    shares = weighting.flatten(2).transpose(1, 2)  # (B, h*w, n)
     # (B, D, h*w) x (B, h*w, n) -> (B, D, n)
-    return base.flatten(2) @ weighting.flatten(2).transpose(1, 2)
+    return places @ shares
 
 
 def assemble(weights: Tensor, codewords: Tensor) -> Tensor:
     """Eq. (3): f~8 = W^T C, at each place its own mixture of the same codewords.
 
     weights (B, n, q, r), codewords (B, D, n) -> (B, D, q, r). The features are as fine
-    as W is, and at most n of them are independent, however many places there are.
+    as W is. But however many places there are, at most n of these features are linearly
+    independent.
     """
     B, n, q, r = weights.shape
     # (B, D, n) x (B, n, q*r) -> (B, D, q*r)
-    return (codewords @ weights.flatten(2)).unflatten(2, (q, r))
+    mixtures = codewords @ weights.flatten(2)  # (B, D, q*r)
+    return mixtures.unflatten(2, (q, r))
 
 
 # --- 3. Layers -----------------------------------------------------------------------
 
 
 def pointwise(*widths: int, last_relu=True) -> nn.Sequential:
-    """A chain of 1x1 convolutions, each with batch norm and ReLU.  [N4]"""
-    layers = [layer for i, o in zip(widths, widths[1:]) for layer in
-              conv_bn_relu(i, o, 1)]
-    return nn.Sequential(*(layers if last_relu else layers[:-1]))
+    """A chain of 1x1 convolutions, each with batch norm and ReLU.  [N4]
+
+    The first of `widths` goes in, and each further one is the width of a layer.
+    `last_relu=False` ends the chain with the batch norm.
+    """
+    layers = []
+    for in_channels, out_channels in zip(widths, widths[1:]):
+        layers += conv_bn_relu(in_channels, out_channels, 1)
+    if not last_relu:
+        layers.pop()
+    return nn.Sequential(*layers)
 
 
 def classifier(in_channels: int, num_classes: int) -> nn.Sequential:
@@ -239,8 +299,9 @@ def classifier(in_channels: int, num_classes: int) -> nn.Sequential:
 class HolisticallyGuidedDecoder(nn.Module):
     """Fig. 2: fusion, holistic codebook, assembly; logits at 1/8.
 
-    `compress` reduces the stages that some scale needs, `base` and `weighting` read
-    m32, `guidance` reads m8, `assembly` reads G-bar.
+    The layers, in the order of the figure: `compress` reduces the stages that some
+    scale needs. `base` (B) and `weighting` (A) read m32. `guidance` (G) reads m8, and
+    `assembly` (W) reads G plus the mean of the base map.
     """
 
     stride = 8
@@ -251,62 +312,77 @@ class HolisticallyGuidedDecoder(nn.Module):
                  double: bool, weighting_hidden: int, conv_up: bool):
         super().__init__()
         check_scales(codebook_scales=codebook_scales, guidance_scales=guidance_scales)
-        self.codebook_scales, self.guidance_scales = codebook_scales, guidance_scales
-        self.transfer, n, D = transfer, codewords, codeword_channels
+        self.codebook_scales = codebook_scales
+        self.guidance_scales = guidance_scales
+        self.transfer = transfer
+        n = codewords
+        D = codeword_channels
         compressed = SCALES if compress_e8 else ("res4", "res5")  # [N3]
-        self.compress = nn.ModuleDict(
-            {s: pointwise(stages[s], channels) for s in compressed
-             if s in (*codebook_scales, *guidance_scales)})
-        width = stages | {s: channels for s in compressed}
-        M = sum(width[s] for s in codebook_scales)
-        L = sum(width[s] for s in guidance_scales)
-        hidden = [weighting_hidden] if weighting_hidden else []
-        again = [n] if double else []
+        needed = {*codebook_scales, *guidance_scales}
+        self.compress = nn.ModuleDict({stage: pointwise(stages[stage], channels)
+                                       for stage in compressed if stage in needed})
+        width = stages | {stage: channels for stage in compressed}
+        M = sum(width[stage] for stage in codebook_scales)
+        L = sum(width[stage] for stage in guidance_scales)
+        hidden = [weighting_hidden] if weighting_hidden else []  # [N1]
+        again = [n] if double else []  # [N2]
         self.base = pointwise(M, D)
         self.weighting = pointwise(M, *hidden, n, *again, last_relu=False)  # [N8]
         self.guidance = pointwise(L, D)
-        self.assembly = pointwise(D, n, *again)  # [N2]
-        self.conv_up = pointwise(2 * D, 2 * channels) if conv_up else nn.Identity()
-        self.classify = classifier(2 * channels if conv_up else 2 * D, num_classes)
+        self.assembly = pointwise(D, n, *again)
+        if conv_up:
+            self.conv_up = pointwise(2 * D, 2 * channels)
+            self.classify = classifier(2 * channels, num_classes)
+        else:
+            self.conv_up = nn.Identity()
+            self.classify = classifier(2 * D, num_classes)
 
     def steps(self, context: Tensor, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """From the encoder's maps to f~8: every tensor that Sec. 3.2 names."""
         B, _, h, w = context.shape
         q, r = features["res3"].shape[-2:]
-        e = features | {"res5": context}
+        e = features | {"res5": context}  # e8, e16, e32, by the name of their stage
         e |= {stage: layer(e[stage]) for stage, layer in self.compress.items()}
         m32 = fuse({s: e[s] for s in self.codebook_scales}, 32, (h, w))  # (B, M, h, w)
         m8 = fuse({s: e[s] for s in self.guidance_scales}, 8, (q, r))  # (B, L, q, r)
         base = self.base(m32)  # (B, D, h, w)
         G = self.guidance(m8)  # (B, D, q, r)
-        # m8 has never seen the codewords. Their mean tells it which ones there are.
-        mean = base.mean(dim=(2, 3), keepdim=True)  # (B, D, 1, 1)
-        weights = self.assembly(G + mean if self.transfer else G)  # (B, n, q, r)
+        if self.transfer:
+            # m8 has never seen the codewords. The mean of the base map, which they are
+            # made of, tells every location what there is in this image.
+            mean = base.mean(dim=(2, 3), keepdim=True)  # (B, D, 1, 1)
+            G_bar = G + mean  # (B, D, q, r)
+        else:
+            G_bar = G
+        weights = self.assembly(G_bar)  # (B, n, q, r)
         maps = self.weighting(m32)  # (B, n, h, w)
         # A softmax and two sums over hundreds of terms: float32 even under autocast.
         with full_precision(maps):
             maps = spatial_softmax(maps.float())  # (B, n, h, w)
             codewords = codebook(maps, base.float())  # (B, D, n)
             mixture = assemble(weights.float(), codewords)  # (B, D, q, r)
-        assembled = mixture * maps.shape[1]**-0.5  # (B, D, q, r)  [N5]
+        n = maps.shape[1]
+        assembled = mixture * n**-0.5  # (B, D, q, r)  [N5]
         return {"m32": m32, "m8": m8, "base": base, "maps": maps, "guidance": G,
                 "weights": weights, "codewords": codewords, "assembled": assembled}
 
     def forward(self, context: Tensor, features: dict[str, Tensor]):
-        """-> logits (B, K, q, r), and no maps for auxiliary heads."""
+        """Logits (B, K, q, r), and no maps for auxiliary heads."""
         step = self.steps(context, features)
         f8 = torch.cat([step["assembled"], step["guidance"]], dim=1)  # [N6]
         return self.classify(self.conv_up(f8)), []
 
 
 def check_scales(**scales: tuple[str, ...]) -> None:
+    """Each option must name stages; a bare "res5" would be read letter by letter."""
     for option, names in scales.items():
         if not names or not set(names) <= set(SCALES) or isinstance(names, str):
             raise UserError(f"{option}={names!r}: must be a tuple of some of {SCALES}, "
                             f"for instance ('res5',)")
 
 
-# The rivals of Table 1: same arguments, same result, their own way up.
+# The rivals of Table 1. Their `forward` has the same arguments and gives the same two
+# things: logits on the decoder's own grid, and maps for auxiliary heads, if any.
 
 
 class FCNDecoder(nn.Module):
@@ -334,27 +410,36 @@ class UNetDecoder(nn.Module):
     def __init__(self, stages: dict[str, int], num_classes: int, *, channels: int,
                  deconv: bool):
         super().__init__()
-        enlarge = lambda: nn.ConvTranspose2d(channels, channels, 2, stride=2,
-                                             bias=False) if deconv else nn.Identity()
-        self.factor = 1 if deconv else 2  # what is left for bilinear upsampling to do
-        self.laterals = nn.ModuleDict({s: pointwise(stages[s], channels)
-                                       for s in SCALES})
-        self.up16, self.up8 = enlarge(), enlarge()
+        self.laterals = nn.ModuleDict({stage: pointwise(stages[stage], channels)
+                                       for stage in SCALES})
+        if deconv:
+            self.up16 = nn.ConvTranspose2d(channels, channels, 2, stride=2, bias=False)
+            self.up8 = nn.ConvTranspose2d(channels, channels, 2, stride=2, bias=False)
+            self.factor = 1  # nothing is left for bilinear upsampling to do
+        else:
+            self.up16 = nn.Identity()
+            self.up8 = nn.Identity()
+            self.factor = 2
         self.merge16 = conv_bn_relu(2 * channels, channels)
         self.merge8 = conv_bn_relu(2 * channels, 2 * channels)
         self.classify = classifier(2 * channels, num_classes)
 
     def forward(self, context: Tensor, features: dict[str, Tensor]):
-        """-> logits (B, K, q, r), and [1/32, 1/16] maps for the auxiliary heads."""
-        stages = features | {"res5": context}
-        e8, e16, f32 = (self.laterals[s](stages[s]) for s in SCALES)
+        """Logits (B, K, q, r), and the maps at 1/32 and 1/16 for auxiliary heads."""
+        e8 = self.laterals["res3"](features["res3"])
+        e16 = self.laterals["res4"](features["res4"])
+        f32 = self.laterals["res5"](context)
         f16 = self.merge16(self.beside(self.up16(f32), e16))
         f8 = self.merge8(self.beside(self.up8(f16), e8))
         return self.classify(f8), [f32, f16]
 
     def beside(self, coarse: Tensor, fine: Tensor) -> Tensor:
-        """Twice ceil(H/32) rows may be one more than ceil(H/16): the last is cut."""
-        return torch.cat([upsample(coarse, self.factor, fine.shape[-2:]), fine], dim=1)
+        """The enlarged coarse map and the fine one, concatenated.
+
+        Twice ceil(H/32) rows may be one more than ceil(H/16): the last one is cut off.
+        """
+        enlarged = upsample(coarse, self.factor, fine.shape[-2:])
+        return torch.cat([enlarged, fine], dim=1)
 
 
 # --- 4. Model ------------------------------------------------------------------------
@@ -363,25 +448,40 @@ class UNetDecoder(nn.Module):
 class EfficientFCN(nn.Module):
     """Encoder without dilation and one of the decoders (Sec. 3.1).
 
-    There is no context module: the codewords are the context. The part is kept, empty,
-    because cost and learning rates are told by part.
+    There is no context module: the codewords are the context. It is here as a layer
+    that does nothing, because cost and learning rates are given for each of the parts.
     """
 
     def __init__(self, encoder: Encoder, context: nn.Module, decoder: nn.Module,
                  aux_heads: nn.ModuleList):
         super().__init__()
-        self.encoder, self.context = encoder, context
-        self.decoder, self.aux_heads = decoder, aux_heads
+        self.encoder = encoder
+        self.context = context
+        self.decoder = decoder
+        self.aux_heads = aux_heads
 
     def forward(self, images: Tensor) -> dict:
         """images (B, 3, H, W) -> {"out": (B, K, H, W), "aux": [(B, K, ., .), ..]}."""
-        B, _, H, W = images.shape
+        logits, aux = self.decode(images)
+        return {"out": self.to_pixels(logits, images.shape[-2:]), "aux": aux}
+
+    def decode(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """images (B, 3, H, W) -> logits on the decoder's grid, auxiliary logits.
+
+        The grid is q x r, but for the FCNs, whose logits are as coarse as res5.
+        """
         features = self.encoder(images)
         context = self.context(features["res5"])
         logits, coarser = self.decoder(context, features)
-        out = upsample(logits, self.decoder.stride, (H, W))  # (B, K, H, W)
         aux = [head(x) for head, x in zip(self.aux_heads, coarser) if self.training]
-        return {"out": out, "aux": aux}
+        return logits, aux
+
+    def to_pixels(self, logits: Tensor, size: tuple[int, int], rows=None) -> Tensor:
+        """The last x8 (FCN-32s: x32): logits of all H x W pixels.
+
+        `rows` = (lo, hi) asks for the rows lo to hi-1 of the image alone.
+        """
+        return upsample(logits, self.decoder.stride, size, rows)
 
 
 def build(num_classes: int, *, backbone="resnet50", weights="none", decoder="hgd",
@@ -394,39 +494,41 @@ def build(num_classes: int, *, backbone="resnet50", weights="none", decoder="hgd
     decoder           'hgd', 'fcn', 'unet-bilinear' or 'unet-deconv' (Table 1)
     channels          width of e8, e16, e32 (512, Sec. 3.2), and of the rivals
     codewords         n (256, Table 4)
-    codeword_channels width D of a codeword; None: twice `channels` (1024, Sec. 3.2)
-    codebook_scales, guidance_scales  stages in m32 and in m8 (Tables 2 and 3)
+    codeword_channels  width D of a codeword; None: twice `channels` (1024, Sec. 3.2)
+    codebook_scales   stages in m32 (Table 2)
+    guidance_scales   stages in m8 (Table 3)
     transfer          add the mean of the base map to G (Sec. 4.2)
     compress_e8       1x1 on res3 as on the other two  [N3]
-    double, conv_up   second 1x1 for A and W, 1x1 before the classifier  [N2]
-    weighting_hidden  width of one more 1x1 in A, 0: none  [N1]
+    double            second 1x1 for A and for W  [N2]
+    weighting_hidden  width of one more 1x1 in A; 0: none  [N1]
+    conv_up           1x1 in front of the classifier  [N2]
     output_stride     32; 8 dilates the encoder of 'fcn'
     aux               heads of the U-Nets at 1/32 and 1/16  [N10]
     """
+    known = ("hgd", "fcn", "unet-bilinear", "unet-deconv")
+    if decoder not in known:
+        raise UserError(f"decoder={decoder!r}: must be one of {', '.join(known)}")
     if decoder != "fcn" and output_stride != 32:
         raise UserError(f"output_stride={output_stride}: only decoder='fcn' is dilated")
-    encoder = Encoder(backbone, weights=weights, output_stride=output_stride)
+    encoder = Encoder(backbone, weights=weights, output_stride=output_stride)  # [N11]
     stages = encoder.channels
-    decoders = {
-        "hgd": lambda: HolisticallyGuidedDecoder(
+    aux_heads = nn.ModuleList()
+    if aux and decoder.startswith("unet"):
+        aux_heads.extend(nn.Conv2d(channels, num_classes, 1) for _ in ("1/32", "1/16"))
+    if decoder == "hgd":
+        decoder_module = HolisticallyGuidedDecoder(
             stages, num_classes, channels=channels, codewords=codewords,
             codeword_channels=codeword_channels or 2 * channels,
             codebook_scales=codebook_scales, guidance_scales=guidance_scales,
             transfer=transfer, compress_e8=compress_e8, double=double,
-            weighting_hidden=weighting_hidden, conv_up=conv_up),
-        "fcn": lambda: FCNDecoder(
-            stages, num_classes, channels=channels, stride=output_stride),
-        "unet-bilinear": lambda: UNetDecoder(
-            stages, num_classes, channels=channels, deconv=False),
-        "unet-deconv": lambda: UNetDecoder(
-            stages, num_classes, channels=channels, deconv=True),
-    }
-    if decoder not in decoders:
-        raise UserError(f"decoder={decoder!r}: must be one of {', '.join(decoders)}")
-    heads = [nn.Conv2d(channels, num_classes, 1) for _ in range(2)
-             if aux and decoder.startswith("unet")]
-    return EfficientFCN(encoder, nn.Identity(), decoders[decoder](),
-                        nn.ModuleList(heads))
+            weighting_hidden=weighting_hidden, conv_up=conv_up)
+    elif decoder == "fcn":
+        decoder_module = FCNDecoder(stages, num_classes, channels=channels,
+                                    stride=output_stride)
+    else:
+        decoder_module = UNetDecoder(stages, num_classes, channels=channels,
+                                     deconv=decoder == "unet-deconv")
+    return EfficientFCN(encoder, nn.Identity(), decoder_module, aux_heads)
 
 
 # --- 5. Explain ----------------------------------------------------------------------
@@ -447,11 +549,15 @@ def explain(model: EfficientFCN, image: Tensor, *, palette=None):
         raise UserError("nothing to explain: this variant has no codewords")
     with torch.no_grad():
         features = model.encoder(image)
-        step = decoder.steps(model.context(features["res5"]), features)
-        labels = model(image)["out"][0].argmax(0)
+        context = model.context(features["res5"])
+        step = decoder.steps(context, features)
+        logits, _ = decoder(context, features)
+        labels = model.to_pixels(logits, image.shape[-2:])[0].argmax(0)
     colours = label_colours(palette, decoder.classify[1].out_channels)
-    maps, weights = step["maps"][0], step["weights"][0]
-    used = weights.mean(dim=(1, 2)).argsort(descending=True)[:-(-len(weights) // 2)]
+    maps = step["maps"][0]
+    weights = step["weights"][0]
+    by_use = weights.mean(dim=(1, 2)).argsort(descending=True)
+    used = by_use[:math.ceil(len(weights) / 2)]
     chosen = used[unlike(maps[used], 4)].tolist()
     figure = Figure(figsize=(11, 3), layout="constrained")
     upper, lower = figure.subplots(2, 1 + len(chosen))
@@ -464,16 +570,19 @@ def explain(model: EfficientFCN, image: Tensor, *, palette=None):
 
 
 def unlike(maps: Tensor, count: int) -> list[int]:
-    """The map (n, h, w) of lowest entropy, then each time the least like the chosen.
+    """The index of the sharpest map of (n, h, w), then of those least like the chosen.
 
-    Many codewords look at the same places; a random choice would show one map often.
+    Many codewords look at the same places; a random choice would show one map often. A
+    map's sharpness is its entropy over the places, which is lowest if it looks at one
+    place only. The distance of two maps is the sum of their absolute differences, and
+    the next one is the map whose nearest among the chosen is farthest away.
     """
     flat = maps.flatten(1)
     entropy = -(flat * flat.clamp(min=1e-12).log()).sum(1)
     chosen = [entropy.argmin().item()]
     while len(chosen) < min(count, len(flat)):
         distance = torch.cdist(flat, flat[chosen], p=1).amin(1)
-        distance[chosen] = -1
+        distance[chosen] = -1  # never twice
         chosen.append(distance.argmax().item())
     return chosen
 
@@ -483,15 +592,16 @@ def unlike(maps: Tensor, count: int) -> list[int]:
 
 def demo() -> None:
     """The way of one small image through EfficientFCN, and what each variant costs."""
-    from evaluate import print_costs
     model = build(60, backbone="resnet18").eval()
     image = torch.randn(1, 3, 96, 160)
-    features = model.encoder(image)
-    context = model.context(features["res5"])
-    logits, _ = model.decoder(context, features)
-    steps = model.decoder.steps(context, features)
+    with torch.no_grad():
+        features = model.encoder(image)
+        context = model.context(features["res5"])
+        steps = model.decoder.steps(context, features)
+        logits, _ = model.decode(image)
+        out = model.to_pixels(logits, image.shape[-2:])
     for name, x in {"image": image, **features, **steps, "logits": logits,
-                    "out": model(image)["out"]}.items():
+                    "out": out}.items():
         print(f"{name:<9} {tuple(x.shape)}")
     print_costs("efficientfcn", (512, 512), backbone="resnet101c")
 

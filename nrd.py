@@ -5,59 +5,161 @@ Decoders for High-Resolution Semantic Segmentation." NeurIPS 2021. arXiv:2107.14
 
 The idea
     A label map is redundant: most 32x32 patches of it are one or two smooth regions.
-    So do not predict the patch pixel by pixel. Predict, from the feature vector of the
-    location, the 899 weights theta of a three-layer network g_theta, and let g_theta
-    draw the patch: it is asked at 8x8 points (x, y), and is shown a guidance map m of
-    the low-level image structure at that point. A final x4 bilinear step gives pixels.
+    So do not predict the patch pixel by pixel. From the feature vector of a location,
+    predict theta, the weights and biases of a network g_theta of three 1x1 layers, and
+    let g_theta draw the patch of that location. It is asked at 8x8 points of the patch.
+    At each it is told the coordinates (x, y) and what a guidance map m knows of the
+    edges there. It answers with the logits of the classes. A final bilinear step of x4
+    turns the 8x8 points into 32x32 pixels.
 
 Dimension key
-    B batch   K classes (the paper's C)   D channels of the encoder's output
-    H, W image size   h, w = ceil(H/32), ceil(W/32): the grid of cells   N = B*h*w cells
-    s points per side of a cell (8)   I inputs of g (2 coordinates + Cm guidance)
-    P parameters of one g_theta (899)   R, M hidden and guidance channels (Cr, Cm; 16)
+    B batch   K classes (the paper's C)   H, W image size
+    h, w = ceil(H/32), ceil(W/32): the grid of cells. A cell is the 32x32 pixels that
+      one location of res5 draws.   N = B*h*w cells in the whole batch
+    q, r = ceil(H/4), ceil(W/4): the finer grid, of the 1/4 features and of m
+    s points per side of a cell (8), so g is asked on a grid of s*h x s*w
+    D width of the context, which is what the controller reads (512; res5 itself has
+      2048). The paper's "encoder" is encoder and context here, ResNet and ASPP.
+    M channels of the guidance map (the paper's Cm; 16)
+    I inputs of g (18: 2 coordinates and M guidance channels)
+    P parameters of one g_theta. With 16 hidden channels (the paper's Cr), 19 classes
+      need (18*16 + 16) + (16*16 + 16) + (16*19 + 19) = 899, ADE20K's 150 need 3,126.
+    k neighbours of a point (25) and f the factor of enlargement (8), in CARAFE only
 
 Paper -> code
-    | Sec. 2.1      | NRD.forward           | encoder, context, decoder, x4 |
-    | Fig. 3 (a)    | NRDDecoder.forward    | controller, inputs, g |
-    | Fig. 3 (b)    | represent             | g_theta of all cells at once |
-    | Sec. 2.2, Q   | coordinate_map        | [0 : 1/s : 1] x [0 : 1/s : 1] |
-    | Sec. 2.2, 899 | theta_length          | weights and biases of g |
-    | Sec. 2.2, m   | GuidanceMap           | two convolutions on the 1/4 features |
-    | "Controller"  | Controller            | 3x3 with 512 channels, then 1x1 to P |
-    | Table 1       | BilinearDecoder       | the rival without low-level features |
-    | Table 3       | DUCDecoder            | dense upsampling convolution |
-    | Table 3       | CARAFEDecoder         | content-aware reassembly of features |
+    | Sec. 2.1      | NRD.decode          | encoder, context, decoder |
+    | Sec. 2.2, x4  | NRD.to_pixels       | from the points to the pixels |
+    | Fig. 3 (a)    | NRDDecoder.forward  | controller, inputs of g, g |
+    | Fig. 3 (b)    | represent           | g_theta of all cells at once |
+    | Sec. 2.2, Q   | coordinate_map      | [0 : 1/s : 1] x [0 : 1/s : 1] |
+    | Sec. 2.2, 899 | theta_length        | weights and biases of g |
+    | Sec. 2.2, m   | GuidanceMap         | two convolutions on the 1/4 features |
+    | "Controller"  | Controller          | 3x3 with 512 channels, then 1x1 to P |
+    | Table 1       | BilinearDecoder     | the rival without low-level features |
+    | Table 3       | DUCDecoder          | dense upsampling convolution |
+    | Table 3       | CARAFEDecoder       | content-aware reassembly of features |
+    | Fig. 1        | explain             | patches, what g is told, what it says |
 
-Notes (paper says / official code does / we do / effect)
-    N1  Inputs of g: raw coordinates and guidance / batch norm with affine over their
-        concatenation, none on coordinates alone / as the code, and coordinates are
-        standardised once, which changes nothing before a batch norm / without guidance
-        g's kinks start inside the patch; on streets within the noise of a seed.
-    N2  Initialisation of the controller's last layer: silent / xavier divided by P,
-        bias 0: all three layers of g start near zero / theirs with the paper's recipes;
-        FROM_SCRATCH has init="mlp": an ordinary MLP as bias, weights of std 0.3
-        (tried: 0.1, slower), features divided by sqrt(512), else a step of SGD moves
-        theta hundreds of times as far as its gradient says and kills g's ReLUs (all 16
-        of layer 2 in 75 steps on CamVid) / streets, seed 0: 0.556, official 0.298.
-    N3  Range of Q: "from 0 to 1 with step 1/s", s values / {0, 1/8, .., 7/8}, not
-        centred, order (x, y) / as the code / none: the batch norm of N1 absorbs it.
-    N4  Order of theta: silent / w0 b0 w1 b1 w2 b2, weights as [out][in] / as the code /
-        none, but checkpoints depend on it.
-    N5  Cost without guidance, 2.6 / 216.8 GMACs (and Table 3's 203.2): the text's g and
-        controller (643, 512) cost 5.6 / 219.3. / The first author's development branch
-        has 8 hidden and 256 controller channels, which give the printed numbers /
-        `no-guidance` is the text, `no-guidance-published` the numbers / unknown.
-    N6  Bilinear row: 1x1, then upsampling / the printed 1.3 GMACs need the 1x1 at 1/4 /
-        as the number says / none: a 1x1 and a bilinear resize commute.
-    N7  ASPP: "optional modules such as ASPP" / rates 3, 6, 9, separable, 512 channels,
-        projection 3x3 / as the code / the 3x3 costs 24 GMACs of the encoder's 214.
-    N8  Auxiliary FCN head on res4, weight 0.4, no dropout in the main head: "default
-        settings" of mmsegmentation / as the code / part of Params, not of GFLOPs.
-    N9  Image sizes: silent / multiples of 32 only, else guidance and cells disagree /
-        we repeat the guidance map's last row and column up to the grid of cells and
-        cut the result / at multiples of 32 none.
-    N10 DUC, CARAFE: no dimensions / - / those that cost what Table 3 says / its Params
-        of DUC include an unused 9.4 M; CARAFE's reassembly, 1.7 GMACs, it did not see.
+Notes: what the paper says, what the official code does, what is done here, and what
+it changes. "Code" is the authors' release (NRD_decoder on GitHub), which builds on
+mmsegmentation. GMACs are those of 1024x2048 pixels, ResNet-50 and 19 classes.
+    N1  Normalisation of the inputs of g.
+        Paper: Names none. g takes the raw coordinates and the guidance map.
+        Code:  A batch norm with weight and bias works on the concatenation of
+               coordinates and guidance. Coordinates alone (no guidance) stay raw.
+        Here:  The same batch norm. Before it, the coordinates are brought to mean 0 and
+               variance 1 once and for all, also where no guidance and hence no batch
+               norm follows. There is no option for raw coordinates.
+        Effect: Before a batch norm it changes nothing but the share of its eps: 5.6e-5
+               of x and y (computed). The running statistics are other numbers, however,
+               so those of channels 0 and 1 of a released checkpoint must be converted.
+               Without guidance it does change g. For the same theta, logits of up to
+               5.6 differ by up to 3.7, and the two agree on the class of 83 % of the
+               points. The reason for it: raw coordinates put the lines at which the
+               ReLUs of g's first layer switch, w . (x, y) = -b, close to the corner
+               (0, 0) of the patch as long as b is small, and ours put them close to its
+               centre. On streets the difference in mIoU is smaller than between seeds.
+    N2  Initialisation of the controller's last layer, the one that writes theta.
+        Paper: Silent.
+        Code:  Xavier weights divided by P, and bias 0. All three layers of g then start
+               near zero, so the gradient of each has two factors near zero. With
+               ImageNet weights and 84,000 steps g still learns.
+        Here:  `init="official"` is the code's and the default, so that the paper's
+               recipes use it. `init="mlp"` is ours, for short runs and from scratch
+               (FROM_SCRATCH). Its bias is an ordinarily initialised MLP, its weights
+               have a standard deviation of 0.3 (0.1 was tried and was slower), and the
+               features are divided by sqrt(512). Without this division one step of SGD
+               moves theta hundreds of times as far as the gradient of theta says, which
+               kills ReLUs of g: on CamVid all 16 of the second layer in 75 steps.
+        Effect: mIoU 0.556 with "mlp" and 0.298 with "official" (streets, ResNet-18 from
+               scratch, 450 steps, seed 0).
+    N3  Range of the coordinate map Q.
+        Paper: "[0 : 1/s : 1] is the range from 0 to 1 with step 1/s", s values a side.
+        Code:  0, 1/8, .., 7/8, which leaves out 1 and is not centred in the patch. The
+               first channel is x.
+        Here:  As the code.
+        Effect: None. A shift or a stretch of Q is undone by N1's normalisation.
+    N4  Order of the numbers in theta.
+        Paper: "split and reshaped into the weights and biases".
+        Code:  Weights, then biases, of the first, the second and the third layer. The
+               weights of a layer are stored as [output][input].
+        Here:  As the code.
+        Effect: None on a network that is trained here. In another order a released
+               checkpoint would mean another g.
+    N5  Cost of NRD without guidance.
+        Paper: Prints 2.6 GMACs for the decoder and 216.8 in total (Table 1), and 203.2
+               without ASPP (Table 3). By the same way of counting, the g and the
+               controller of its text (P = 643, 512 channels) cost 5.5 and 219.7.
+        Code:  A development branch of the first author has 8 hidden channels in g and
+               256 in the controller. These give the printed numbers.
+        Here:  `no-guidance` is the text, `no-guidance-published` meets the numbers.
+        Effect: Costs as above. On scores: not measured.
+    N6  Order of classifier and upsampling in the bilinear row of Table 1.
+        Paper: "uses a 1x1 convolution .. and then simply uses the bilinear upsampling".
+               The printed 1.3 GMACs, however, are those of a 1x1 at 1/4 of the image;
+               at 1/32 it would cost 0.02.
+        Code:  Not in the release.
+        Here:  As the printed number: first to 1/4, then the 1x1.
+        Effect: None on the result, since a 1x1 convolution and a bilinear resize may
+               change places (tested). Only the cost differs.
+    N7  ASPP.
+        Paper: "some optional modules such as ASPP", without dimensions.
+        Code:  Dilation rates 3, 6 and 9 in separable convolutions, 512 channels, and a
+               3x3 convolution that projects the five concatenated branches.
+        Here:  As the code.
+        Effect: That 3x3 alone costs 24 of the 214 GMACs that Table 1 leaves for the
+               paper's encoder (234.6 less 20.4).
+    N8  Auxiliary head and dropout.
+        Paper: "inherit the default settings" of mmsegmentation.
+        Code:  An FCN head on res4, whose loss has the weight 0.4. The main head has no
+               dropout.
+        Here:  As the code. `aux=False` removes the head.
+        Effect: The head has 2.36 M parameters, which the paper's Params (Table 3)
+               include. It is not run in eval, so GMACs do not see it. On scores: not
+               measured.
+    N9  Image sizes that 32 does not divide.
+        Paper: Silent.
+        Code:  Works for multiples of 32 only, because otherwise the guidance map and
+               the grid of the cells' points have different sizes. Test images of ADE20K
+               and Context are padded with zeros to such multiples.
+        Here:  The last row and the last column of the guidance map are repeated up to
+               the grid of cells, and the logits are cut to the image.
+        Effect: None at multiples of 32. Elsewhere not measured.
+    N10 Dimensions of DUC and CARAFE.
+        Paper: Names none.
+        Code:  Neither decoder is in the release.
+        Here:  Those for which the costs of Table 3 come out, found by trying.
+        Effect: DUC meets the printed 336.1 GMACs. Its printed Params also contain 9.4 M
+               that belong to no layer of ours; a 3x3 convolution to 512 channels that
+               was built and not used would explain them. CARAFE comes within 0.5 % of
+               the printed 203.0. Its reassembly, 1.7 GMACs, is not in that number,
+               because the paper's counter does not see it.
+    N11 Initialisation of all other convolutions of the decoder and of ASPP.
+        Paper: Silent.
+        Code:  mmcv's default for convolutions with a batch norm: Kaiming normal with
+               fan_out. The last layer of the auxiliary head has a standard deviation of
+               0.01.
+        Here:  torch's default, also with `init="official"`.
+        Effect: Before a batch norm the scale of weights does not change the function,
+               but how fast they turn under SGD: the larger, the slower, by the square.
+               The official standard deviation divided by ours is 4.9 in ASPP's 1x1, 5.5
+               in its projection, 2.45 in the controller's 3x3, 5.65 in the guidance
+               map's 3x3 and 0.05 in the depthwise 3x3 (measured). On scores: not
+               measured.
+    N12 Recipes: steps, encoder, scales.
+        Paper: Sec. 3 has 160,000 steps for ADE20K and 80,000 for Context and for
+               Cityscapes; Table 1 has 84,000. Tables 5 and 6 have NRD with
+               ResNet-101 and ResNeXt-101 only.
+        Code:  164,000 and 84,000 steps, 4,000 of which are warm-up. The stem of the
+               ResNets is deep: three 3x3 convolutions instead of one 7x7. Stem and
+               first stage of ResNeXt-101 are frozen. Images of ADE20K are resized to
+               fit into 2048x512 and those of Context into 520x520, in training and in
+               testing; in training this size is first scaled by 0.5 to 2.
+        Here:  Steps as the code. The encoder is ResNet-50 with the 7x7 stem, because
+               torchvision has ImageNet weights for that one; `--backbone resnet101c
+               --weights FILE` is the paper's. Nothing is frozen. The scale multiplies
+               an image's own size, and test images keep theirs.
+        Effect: Not measured.
 
 Run
     python nrd.py                              shapes and costs, seconds on a CPU
@@ -66,18 +168,21 @@ Run
 """
 from __future__ import annotations
 
-from functools import partial
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (ASPP, UserError, conv_bn_relu, fcn_heads, full_precision,
-                    label_colours, make_encoder, published, repeat_border, show,
+                    label_colours, make_encoder, print_costs, repeat_border, show,
                     upsample, viewable)
 from deeplabv3plus import DeepLabv3PlusDecoder
 
 # --- 1. Config -----------------------------------------------------------------------
+
+CELL = 32  # pixels per side of a cell: the stride of res5, whose locations draw cells
+LOW_STRIDE = 4  # of the low-level features, res2
 
 VARIANTS = {
     "default": {},
@@ -87,15 +192,16 @@ VARIANTS = {
     "no-guidance": {"guidance": False},
     "no-guidance-published": {"guidance": False, "hidden_channels": 8,
                               "controller_channels": 256},  # [N5]
-    # Table 2: Cr and Cm
+    # Table 2: hidden channels of g (Cr), channels of the guidance map (Cm)
     "cr8": {"hidden_channels": 8}, "cr32": {"hidden_channels": 32},
     "cm8": {"guidance_channels": 8}, "cm32": {"guidance_channels": 32},
-    # Table 3: up-sampling methods straight on res5, no ASPP
+    # Table 3: ways of upsampling straight on res5, without ASPP
     "no-aspp": {"context": "conv", "guidance": False, "hidden_channels": 8,
                 "controller_channels": 256},  # [N5]
     "duc": {"decoder": "duc", "context": "none"},
     "carafe": {"decoder": "carafe", "context": "conv"},
-    # Table 4: inputs of g. Its first row is `no-guidance`, its last `default`
+    # Table 4: what g is told. Its first row is `no-guidance`. Its last is `default`,
+    # with a trimap mIoU of 51.5 there and of 51.6 in Table 1.
     "guidance-only": {"coordinates": False},
 }
 
@@ -107,7 +213,7 @@ SCHEDULE = {"lr": (0.01, PAPER), "weight_decay": (5e-4, PAPER),
             "batch": (16, MMSEG), "momentum": (0.9, MMSEG), "power": (0.9, MMSEG),
             "min_lr": (1e-4, "official code"), "warmup": (4000, "Table 3"),
             "scale": ((0.5, 2.0), MMSEG), "aux_weight": (0.4, MMSEG)}
-RECIPES = {
+RECIPES = {  # [N12]
     "cityscapes": SCHEDULE | {
         "crop": ((512, 1024), PAPER), "iterations": (84_000, "Table 1; 80k in Sec. 3")},
     "ade20k": SCHEDULE | {
@@ -116,32 +222,6 @@ RECIPES = {
         "lr": (0.004, PAPER), "weight_decay": (1e-4, PAPER),
         "crop": ((480, 480), PAPER), "iterations": (84_000, "official code")},
 }
-
-CITY, R50, R101, X101 = (1024, 2048), "resnet50c", "resnet101c", "resnext101_64x4d"
-row = partial(published, rule="mmcv-sync")  # see RULES in evaluate.py
-PUBLISHED = [
-    row("1", "deeplabv3plus", R50, CITY, 19, 290.6, decoder=76.4, miou=78.9,
-        trimap=49.8),
-    row("1", "default", R50, CITY, 19, 234.6, decoder=20.4, miou=79.8, trimap=51.6),
-    row("1", "bilinear", R50, CITY, 19, 215.5, decoder=1.3, miou=74.7, trimap=41.2),
-    row("1", "no-guidance-published", R50, CITY, 19, 216.8, decoder=2.6, miou=78.2,
-        trimap=46.6),
-    row("1", "no-guidance", R50, CITY, 19, 216.8, decoder=2.6, miou=78.2, trimap=46.6,
-        why="N5: the text's g is larger than the one counted"),
-    row("2", "cr8", R50, CITY, 19, None, miou=79.4),
-    row("2", "cr32", R50, CITY, 19, None, miou=79.6),
-    row("2", "cm8", R50, CITY, 19, None, miou=79.5),
-    row("2", "cm32", R50, CITY, 19, None, miou=79.0),
-    row("3", "carafe", R50, CITY, 19, 203.0, params=36.3, miou=72.1),
-    row("3", "duc", R50, CITY, 19, 336.1, params=110.8, unused=9.448, miou=74.7),
-    row("3", "no-aspp", R50, CITY, 19, 203.2, params=36.6, miou=75.0),
-    row("4", "guidance-only", R50, CITY, 19, None, miou=78.3, trimap=50.5),
-    row("5", "default", R101, (512, 512), 150, 49.0, miou=44.01, miou_ms=45.62),
-    row("5", "default", X101, (512, 512), 150, 87.9, miou=44.34, miou_ms=46.09),
-    row("6", "default", R101, (480, 480), 60, 42.9, miou_ms=49.0),
-    row("7", "default", R50, CITY, 19, 234.6, miou=78.9, miou_ms=80.0),
-    row("7", "default", R101, CITY, 19, 390.0, miou=79.3, miou_ms=80.5),
-]
 
 # --- 2. Equations --------------------------------------------------------------------
 
@@ -154,43 +234,56 @@ def coordinate_map(s: int) -> Tensor:
 
 
 def standardise(q: Tensor) -> Tensor:
-    """Zero mean and unit variance over the points of a cell; a single point stays."""
+    """Mean 0 and variance 1 over the points of a cell.  [N1]
+
+    With s = 1 the only point has no variance. The clamp then keeps 0 / 0 away, and the
+    coordinates are 0.
+    """
     return (q - q.mean()) / q.std(correction=0).clamp(min=1e-6)
 
 
 def theta_length(widths: tuple[int, ...]) -> int:
-    """P: weights and biases of a chain of 1x1 convolutions with these widths.
+    """P: all weights and biases of a chain of 1x1 convolutions with these widths.
 
     Sec. 2.2: (18, 16, 16, 19) -> 899, and without guidance (2, 16, 16, 19) -> 643.
     """
-    return sum(i * o + o for i, o in zip(widths, widths[1:]))
+    return sum(fan_in * fan_out + fan_out
+               for fan_in, fan_out in zip(widths, widths[1:]))
 
 
 def split_theta(theta: Tensor, widths: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
-    """theta (N, P) -> per layer a weight (N, out, in), a bias (N, out, 1).  [N4]"""
+    """theta (N, P) -> per layer a weight (N, out, in) and a bias (N, out, 1).  [N4]
+
+    `start` walks along the P numbers: the weights of a layer, then its biases.
+    """
     layers = []
-    for i, o in zip(widths, widths[1:]):
-        weight, bias, theta = theta.split([i * o, o, theta.shape[1] - i * o - o], dim=1)
-        layers.append((weight.unflatten(1, (o, i)), bias.unsqueeze(2)))
+    start = 0
+    for fan_in, fan_out in zip(widths, widths[1:]):
+        end = start + fan_in * fan_out
+        weight = theta[:, start:end].unflatten(1, (fan_out, fan_in))
+        bias = theta[:, end:end + fan_out].unsqueeze(2)
+        layers.append((weight, bias))
+        start = end + fan_out
     return layers
 
 
 def to_cells(x: Tensor, s: int) -> Tensor:
     """Cut a map into its cells: (B, I, s*h, s*w) -> (N, I, s*s)."""
-    B, I, H, W = x.shape
-    h, w = H // s, W // s
+    B, I, rows, columns = x.shape
+    h = rows // s
+    w = columns // s
     x = x.reshape(B, I, h, s, w, s)  # (B, I, h, s, w, s)
     x = x.permute(0, 2, 4, 1, 3, 5)  # (B, h, w, I, s, s)
     return x.reshape(B * h * w, I, s * s)
 
 
-def from_cells(x: Tensor, batch: int, h: int, w: int) -> Tensor:
-    """Put cells back side by side, the inverse of to_cells: -> (B, K, s*h, s*w)."""
+def from_cells(x: Tensor, B: int, h: int, w: int) -> Tensor:
+    """Put the cells back side by side: (N, K, s*s) -> (B, K, s*h, s*w)."""
     N, K, points = x.shape
-    s = int(points**0.5)
-    x = x.reshape(batch, h, w, K, s, s)  # (batch, h, w, K, s, s)
-    x = x.permute(0, 3, 1, 4, 2, 5)  # (batch, K, h, s, w, s)
-    return x.reshape(batch, K, h * s, w * s)
+    s = math.isqrt(points)
+    x = x.reshape(B, h, w, K, s, s)  # (B, h, w, K, s, s)
+    x = x.permute(0, 3, 1, 4, 2, 5)  # (B, K, h, s, w, s)
+    return x.reshape(B, K, h * s, w * s)
 
 
 def represent(theta: Tensor, inputs: Tensor, *, widths: tuple[int, ...]) -> Tensor:
@@ -198,21 +291,23 @@ def represent(theta: Tensor, inputs: Tensor, *, widths: tuple[int, ...]) -> Tens
 
     theta (B, P, h, w), inputs (B, I, s*h, s*w) -> logits (B, K, s*h, s*w).
 
-    All N = B*h*w small networks run in one batched product per layer: cell n
-    multiplies its own weight matrix with its own s*s points. The literal reading, a
-    loop over cells and pixels, is `represent_slowly` in tests/test_nrd.py. The
-    official code instead enlarges theta to 1/4 resolution, s*s times the memory.
+    All N small networks run in one batched product per layer: cell n multiplies its own
+    weight matrix with its own s*s points. The literal reading, a loop over cells and
+    points, is `represent_slowly` in tests/test_nrd.py. The official code gets the same
+    logits by enlarging theta to the grid of points, which takes s*s times the memory.
     """
     B, P, h, w = theta.shape
     s = inputs.shape[-1] // w
-    theta = theta.permute(0, 2, 3, 1).reshape(B * h * w, P)  # (B*h*w, P)
-    x = to_cells(inputs, s)  # (B*h*w, I, s*s)
+    N = B * h * w
+    theta = theta.permute(0, 2, 3, 1).reshape(N, P)  # (N, P)
+    x = to_cells(inputs, s)  # (N, I, s*s)
     layers = split_theta(theta, widths)
     for depth, (weight, bias) in enumerate(layers):
+        # bias + weight @ x, one product for all N cells:
         # (N, out, in) x (N, in, s*s) -> (N, out, s*s)
         x = torch.baddbmm(bias, weight, x)
         if depth < len(layers) - 1:
-            x = x.relu()
+            x = x.relu()  # between the layers only: the last one gives logits
     return from_cells(x, B, h, w)
 
 
@@ -220,9 +315,9 @@ def represent(theta: Tensor, inputs: Tensor, *, widths: tuple[int, ...]) -> Tens
 
 
 class Controller(nn.Module):
-    """Writes theta: 3x3 convolution with 512 channels, then 1x1 to P (Sec. 2.2).
+    """Writes theta: a 3x3 convolution with 512 channels, then a 1x1 to P (Sec. 2.2).
 
-    D channels at every cell -> the P parameters of that cell's network.
+    context (B, D, h, w) -> theta (B, P, h, w), the parameters of each cell's network.
     """
 
     def __init__(self, in_channels: int, channels: int, widths: tuple[int, ...], *,
@@ -230,10 +325,12 @@ class Controller(nn.Module):
         super().__init__()
         if init not in ("mlp", "official"):
             raise UserError(f"init={init!r}: must be 'mlp' or 'official'")
-        self.features = conv_bn_relu(in_channels, channels)
+        self.features = conv_bn_relu(in_channels, channels)  # [N11]
         self.theta = nn.Conv2d(channels, theta_length(widths), 1)
-        # The bias decides whether g can pass a gradient on at first, the scale how far
-        # a step of SGD moves theta: |scale * features|^2 times its gradient.  [N2]
+        # The 1x1 computes theta = A v + b from the features v of a location. So the
+        # gradient of the loss L by A is dL/dtheta v^T, and a step of SGD with learning
+        # rate lr moves theta by lr (|v|^2 + 1) dL/dtheta, where the 1 is b's share.
+        # |v|^2 grows with the number of channels. The scale takes that out.  [N2]
         self.scale = channels**-0.5 if init == "mlp" else 1.0
         with torch.no_grad():
             if init == "mlp":
@@ -248,16 +345,23 @@ class Controller(nn.Module):
 
 
 def ordinary_mlp(widths: tuple[int, ...]) -> Tensor:
-    """theta (P,) of a chain of nn.Linear layers as torch initialises them.  [N2]"""
-    chain = [nn.Linear(i, o) for i, o in zip(widths, widths[1:])]
-    return torch.cat([p.flatten() for l in chain for p in (l.weight, l.bias)])
+    """theta (P,) of a chain of nn.Linear layers as torch initialises them.  [N2]
+
+    Such a g passes gradients on to all of its layers from the first step.
+    """
+    parts = []
+    for fan_in, fan_out in zip(widths, widths[1:]):
+        layer = nn.Linear(fan_in, fan_out)
+        parts += [layer.weight.flatten(), layer.bias]
+    return torch.cat(parts)
 
 
 class GuidanceMap(nn.Module):
-    """m of Sec. 2.2: two convolutions that reduce the 1/4 features to Cm channels.
+    """m of Sec. 2.2: two convolutions that reduce the 1/4 features to M channels.
 
-    The hidden width 48 is DeepLabv3+'s; the output has neither norm nor ReLU, since
-    the batch norm over all inputs of g follows  [N1].
+    res2 (B, 256, q, r) of a ResNet-50 -> m (B, M, q, r). The hidden width 48 is the one
+    to which DeepLabv3+ reduces the same features. The result has neither norm nor
+    ReLU, since the batch norm over all inputs of g follows.  [N1]
     """
 
     def __init__(self, in_channels: int, guidance_channels: int, *, hidden=48):
@@ -270,40 +374,53 @@ class GuidanceMap(nn.Module):
 
 
 class NRDDecoder(nn.Module):
-    """Fig. 3 (a): context and low-level features to logits at 1/4 resolution."""
+    """Fig. 3 (a): context and low-level features to logits at the points of all cells.
+
+    With the paper's 8 points per side of a cell that is 1/4 of the image's resolution.
+    """
 
     def __init__(self, in_channels: int, low_channels: int, num_classes: int, *,
                  controller_channels: int, hidden_channels: int, guidance_channels: int,
-                 guidance: bool, coordinates: bool, patch: int, init: str):
+                 guidance: bool, coordinates: bool, points: int, init: str):
         super().__init__()
         if not (guidance or coordinates):
             raise UserError("guidance=False coordinates=False: g needs an input")
-        if patch not in (1, 2, 4, 8, 16, 32):
-            raise UserError(f"patch={patch}: must divide 32, a cell's side in pixels")
-        inputs = 2 * coordinates + guidance_channels * guidance
-        self.patch, self.stride = patch, 32 // patch
-        self.widths = (inputs, hidden_channels, hidden_channels, num_classes)
+        if points not in (1, 2, 4, 8, 16, 32):
+            raise UserError(f"points={points}: points per side of a cell, must divide "
+                            f"the {CELL} pixels of that side")
+        self.points = points
+        self.stride = CELL // points
+        coordinate_channels = 2 if coordinates else 0
+        if not guidance:
+            guidance_channels = 0
+        g_inputs = coordinate_channels + guidance_channels
+        self.widths = (g_inputs, hidden_channels, hidden_channels, num_classes)
         self.controller = Controller(in_channels, controller_channels, self.widths,
                                      init=init)
         self.guidance = None
         if guidance:
             self.guidance = GuidanceMap(low_channels, guidance_channels)
-        # Same values in every cell, so they are no parameter and in no checkpoint.
-        q = standardise(coordinate_map(patch)) if coordinates else None  # [N1]
+        # The coordinates are the same in every cell and are not learned: a buffer
+        # travels to the GPU with the model, and this one is left out of checkpoints.
+        q = standardise(coordinate_map(points)) if coordinates else None  # [N1]
         self.register_buffer("coordinates", q, persistent=False)
-        self.norm = nn.BatchNorm2d(inputs) if guidance else nn.Identity()  # [N1]
+        self.norm = nn.BatchNorm2d(g_inputs) if guidance else nn.Identity()  # [N1]
 
     def forward(self, context: Tensor, features: dict[str, Tensor]) -> Tensor:
         theta = self.controller(context)  # (B, P, h, w)
-        inputs = self.inputs(features.get("res2"), theta)
-        # Three chained products of predicted numbers: float32 even under autocast.
+        # --backbone labels has no res2. It is refused unless guidance is off, and then
+        # nobody looks at this None.
+        inputs = self.inputs_of_g(features.get("res2"), theta)
+        # Three products in a chain, each of predicted numbers: 16 bits would lose too
+        # much, so they are made in float32 even under autocast.
         with full_precision(theta):
             return represent(theta.float(), inputs.float(), widths=self.widths)
 
-    def inputs(self, res2: Tensor, theta: Tensor) -> Tensor:
-        """Normalised inputs of g on the grid of all cells' points, (B, I, s*h, s*w)."""
+    def inputs_of_g(self, res2: Tensor | None, theta: Tensor) -> Tensor:
+        """What g is told at the points of all cells, normalised: (B, I, s*h, s*w)."""
         B, P, h, w = theta.shape
-        s, maps = self.patch, []
+        s = self.points
+        maps = []
         if self.coordinates is not None:
             maps.append(self.coordinates.repeat(B, 1, h, w))
         if self.guidance is not None:
@@ -312,20 +429,23 @@ class NRDDecoder(nn.Module):
         return self.norm(x)
 
     def fit(self, m: Tensor, h: int, w: int) -> Tensor:
-        """Line the 1/4 guidance map up with the cells: (B, M, s*h, s*w).  [N9]
+        """Line the guidance map up with the cells: (B, M, q, r) -> (B, M, s*h, s*w).
 
-        A cell is 8 x 8 positions of the 1/4 map, whatever the image size, so position
-        (0, 0) stays where it is and only the far border grows. Resizing the map to
-        (8h, 8w) instead would slide it against the cells by up to 7 positions.
+        A cell is 8 x 8 positions of the 1/4 map whatever the image size, so position
+        (0, 0) stays where it is, and what is missing at the bottom and on the right is
+        added there. Resizing the map to (8*h, 8*w) instead would slide it against the
+        cells by up to 7 positions.  [N9]
         """
-        B, M, rows, columns = m.shape
-        m = repeat_border(m, 8 * h - rows, 8 * w - columns)
-        if self.patch != 8:
-            m = F.interpolate(m, scale_factor=self.patch / 8, mode="bilinear")
+        B, M, q, r = m.shape
+        side = CELL // LOW_STRIDE  # of a cell, in positions of the 1/4 map: 8
+        m = repeat_border(m, side * h - q, side * w - r)
+        if self.points != side:
+            m = F.interpolate(m, scale_factor=self.points / side, mode="bilinear")
         return m
 
 
-# The rivals of Tables 1 and 3: same arguments, same result, their own way up.
+# The rivals of Tables 1 and 3. Their `forward` takes what NRDDecoder's takes, and gives
+# logits on a finer grid as well; only the way from one to the other is their own.
 
 
 class BilinearDecoder(nn.Module):
@@ -333,23 +453,27 @@ class BilinearDecoder(nn.Module):
 
     def __init__(self, in_channels: int, num_classes: int):
         super().__init__()
-        self.classify, self.stride = nn.Conv2d(in_channels, num_classes, 1), 4
+        self.classify = nn.Conv2d(in_channels, num_classes, 1)
+        self.stride = LOW_STRIDE
 
     def forward(self, context: Tensor, features: dict[str, Tensor]) -> Tensor:
-        return self.classify(upsample(context, 8, (None, None)))
+        return self.classify(upsample(context, CELL // LOW_STRIDE))
 
 
 class DUCDecoder(nn.Module):
-    """Table 3: dense upsampling convolution, 64 values per location to an 8x8 patch.
+    """Table 3: dense upsampling convolution, 64 channels at each of a cell's points.
 
-    Like NRD it lets a location draw its patch, but point by point from a linear map
-    of its own: 4096 channels where NRD needs 899.  [N10]
+    Like NRD it lets a location draw its own patch. But every point of the patch gets a
+    linear map of its own, which takes 64*8*8 = 4096 channels where NRD needs 899.
+    [N10]
     """
 
-    def __init__(self, in_channels: int, num_classes: int, *, channels=64, patch=8):
+    def __init__(self, in_channels: int, num_classes: int, *, channels=64, points=8):
         super().__init__()
-        self.expand = conv_bn_relu(in_channels, channels * patch * patch)
-        self.shuffle, self.stride = nn.PixelShuffle(patch), 32 // patch
+        self.points = points
+        self.stride = CELL // points
+        self.expand = conv_bn_relu(in_channels, channels * points * points)
+        self.shuffle = nn.PixelShuffle(points)  # channels of a location -> its points
         self.classify = nn.Conv2d(channels, num_classes, 1)
 
     def forward(self, context: Tensor, features: dict[str, Tensor]) -> Tensor:
@@ -359,23 +483,28 @@ class DUCDecoder(nn.Module):
 class CARAFEDecoder(nn.Module):
     """Table 3: content-aware reassembly (Wang et al., ICCV 2019), x8 at once.  [N10]
 
-    Every output point is a weighted mean of the 5x5 features around its source, with
-    weights predicted from the content: smooth like bilinear, but it can follow edges.
+    Every point of the finer grid is a weighted mean of the 5x5 features around its
+    location, and the weights are predicted from the context. This is as smooth as
+    bilinear enlargement, but it can follow edges.
     """
 
     def __init__(self, in_channels: int, num_classes: int, *, factor=8, kernel=5,
                  compressed=64):
         super().__init__()
-        self.factor, self.kernel, self.stride = factor, kernel, 32 // factor
+        self.factor = factor
+        self.kernel = kernel
+        self.stride = CELL // factor
         self.compress = nn.Conv2d(in_channels, compressed, 1)
         self.predict = nn.Conv2d(compressed, kernel**2 * factor**2, 3, padding=1)
         self.classify = nn.Conv2d(in_channels, num_classes, 1)
 
     def forward(self, context: Tensor, features: dict[str, Tensor]) -> Tensor:
         B, D, h, w = context.shape
-        k, f = self.kernel**2, self.factor
+        k = self.kernel**2
+        f = self.factor
         weights = self.predict(self.compress(context))  # (B, k*f*f, h, w)
         weights = weights.reshape(B, k, f * f, h * w)  # (B, k, f*f, h*w)
+        # softmax over the k neighbours: the weights of a point add up to 1
         weights = weights.softmax(dim=1).permute(0, 3, 1, 2)  # (B, h*w, k, f*f)
         x = F.unfold(context, self.kernel, padding=self.kernel // 2)  # (B, D*k, h*w)
         around = x.reshape(B, D, k, h * w).permute(0, 3, 1, 2)  # (B, h*w, D, k)
@@ -388,63 +517,91 @@ class CARAFEDecoder(nn.Module):
 
 
 class NRD(nn.Module):
-    """Encoder without dilation, ASPP, and one of the decoders (Sec. 2.1)."""
+    """Encoder without dilation, context (ASPP), and one of the decoders (Sec. 2.1)."""
 
     def __init__(self, encoder: nn.Module, context: nn.Module, decoder: nn.Module,
                  aux_heads: nn.ModuleList):
         super().__init__()
-        self.encoder, self.context = encoder, context
-        self.decoder, self.aux_heads = decoder, aux_heads
+        self.encoder = encoder
+        self.context = context
+        self.decoder = decoder
+        self.aux_heads = aux_heads
 
     def forward(self, images: Tensor) -> dict:
         """images (B, 3, H, W) -> {"out": (B, K, H, W), "aux": [(B, K, H/16, W/16)]}."""
-        B, _, H, W = images.shape
+        logits, aux = self.decode(images)
+        return {"out": self.to_pixels(logits, images.shape[-2:]), "aux": aux}
+
+    def decode(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """images (B, 3, H, W) -> logits at the cells' points, auxiliary logits.
+
+        The logits cover whole cells, so at sizes that 32 does not divide they reach
+        beyond the image. `to_pixels` cuts that off.
+        """
         features = self.encoder(images)
         context = self.context(features["res5"])  # (B, D, h, w)
         logits = self.decoder(context, features)
-        out = upsample(logits, self.decoder.stride, (H, W))  # (B, K, H, W)
         aux = [head(features["res4"]) for head in self.aux_heads if self.training]
-        return {"out": out, "aux": aux}
+        return logits, aux
+
+    def to_pixels(self, logits: Tensor, size: tuple[int, int], rows=None) -> Tensor:
+        """The last bilinear step (x4): logits (B, K, H, W) of the size = (H, W) pixels.
+
+        With rows = (lo, hi), those of the rows lo..hi-1 alone, (B, K, hi - lo, W).
+        """
+        return upsample(logits, self.decoder.stride, size, rows)
+
+
+def make_context(name: str, in_channels: int, channels: int) -> tuple[nn.Module, int]:
+    """What stands between encoder and decoder, and D, the channels that it gives."""
+    if name == "aspp":
+        return ASPP(in_channels, channels, rates=(3, 6, 9)), channels  # [N7] [N11]
+    if name == "conv":
+        return conv_bn_relu(in_channels, channels), channels
+    if name == "none":
+        return nn.Identity(), in_channels
+    raise UserError(f"context={name!r}: must be one of aspp, conv, none")
 
 
 def build(num_classes: int, *, backbone="resnet50", weights="none", decoder="nrd",
           context="aspp", channels=512, controller_channels=512, hidden_channels=16,
-          guidance_channels=16, guidance=True, coordinates=True, patch=8,
+          guidance_channels=16, guidance=True, coordinates=True, points=8,
           init="official", aux=True) -> NRD:
     """NRD or one of its rivals; VARIANTS names the rows of the paper's tables.
 
-    channels             width D of the context features (512, mmsegmentation)
+    decoder              nrd, deeplabv3plus, bilinear (Table 1), duc, carafe (Table 3)
+    context              aspp, conv (a 3x3) or none (res5 as it is)
+    channels             D, width of the context (512, mmsegmentation)
     controller_channels  width of the controller's 3x3 (512, Sec. 2.2)
-    hidden_channels      Cr, width of g (16, Table 2)
-    guidance_channels    Cm, width of the guidance map (16, Table 2)
+    hidden_channels      Cr, hidden width of g (16, Table 2)
+    guidance_channels    M, Cm in the paper: width of the guidance map (16, Table 2)
     guidance, coordinates  which inputs g gets (Table 4)
-    patch                s, points per side of a cell (8, Sec. 2.2)
+    points               s, points per side of a cell (8, Sec. 2.2)
     init                 'official', or 'mlp' for short runs and from scratch  [N2]
+    aux                  train with an auxiliary head on res4  [N8]
     """
     encoder = make_encoder(backbone, num_classes, weights=weights)
-    res5 = encoder.channels["res5"]
-    contexts = {"aspp": lambda: ASPP(res5, channels, rates=(3, 6, 9)),  # [N7]
-                "conv": lambda: conv_bn_relu(res5, channels),
-                "none": nn.Identity}
-    width = res5 if context == "none" else channels
-    decoders = {
-        "nrd": lambda: NRDDecoder(
-            width, encoder.channels["res2"] if guidance else 0, num_classes, init=init,
-            controller_channels=controller_channels, hidden_channels=hidden_channels,
-            guidance_channels=guidance_channels, guidance=guidance, patch=patch,
-            coordinates=coordinates),
-        "deeplabv3plus": lambda: DeepLabv3PlusDecoder(
-            width, encoder.channels["res2"], num_classes, channels=channels),
-        "bilinear": lambda: BilinearDecoder(width, num_classes),
-        "duc": lambda: DUCDecoder(width, num_classes),
-        "carafe": lambda: CARAFEDecoder(width, num_classes),
-    }
-    for name, value, known in (("decoder", decoder, decoders),
-                               ("context", context, contexts)):
-        if value not in known:
-            raise UserError(f"{name}={value!r}: must be one of {', '.join(known)}")
     heads = fcn_heads(encoder, num_classes, aux)  # [N8]
-    return NRD(encoder, contexts[context](), decoders[decoder](), heads)
+    between, width = make_context(context, encoder.channels["res5"], channels)
+    if decoder == "nrd":
+        low_channels = encoder.channels["res2"] if guidance else 0
+        top = NRDDecoder(
+            width, low_channels, num_classes, controller_channels=controller_channels,
+            hidden_channels=hidden_channels, guidance_channels=guidance_channels,
+            guidance=guidance, coordinates=coordinates, points=points, init=init)
+    elif decoder == "deeplabv3plus":
+        top = DeepLabv3PlusDecoder(width, encoder.channels["res2"], num_classes,
+                                   channels=channels)
+    elif decoder == "bilinear":
+        top = BilinearDecoder(width, num_classes)
+    elif decoder == "duc":
+        top = DUCDecoder(width, num_classes)
+    elif decoder == "carafe":
+        top = CARAFEDecoder(width, num_classes)
+    else:
+        raise UserError(f"decoder={decoder!r}: must be one of nrd, deeplabv3plus, "
+                        f"bilinear, duc, carafe")
+    return NRD(encoder, between, top, heads)
 
 
 # --- 5. Explain ----------------------------------------------------------------------
@@ -463,45 +620,55 @@ def explain(model: NRD, image: Tensor, *, palette=None):
     if not isinstance(decoder, NRDDecoder):
         raise UserError("nothing to explain: this variant has no g")
     with torch.no_grad():
+        logits, _ = model.decode(image)
+        final = model.to_pixels(logits, image.shape[-2:]).argmax(1)[0]
         features = model.encoder(image)
-        context = model.context(features["res5"])
-        logits = decoder(context, features)
-        inputs = decoder.inputs(features["res2"], decoder.controller(context))[0]
-        final = upsample(logits, decoder.stride, image.shape[-2:]).argmax(1)[0]
-    points, picture = logits.argmax(1)[0], viewable(image[0])
-    colours, s = label_colours(palette, logits.shape[1]), decoder.patch
+        theta = decoder.controller(model.context(features["res5"]))
+        inputs = decoder.inputs_of_g(features["res2"], theta)[0]
+    said = logits.argmax(1)[0]  # the class at every point of every cell
+    picture = viewable(image[0])
+    colours = label_colours(palette, logits.shape[1])
+    s = decoder.points
+
     figure = Figure(figsize=(13, 5.2), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.5))
     whole = left.subplots(2, 1)
     show(whole[0], picture, "image and three of its cells")
     show(whole[1], colours[final], "prediction")
-    for row, (r, c) in zip(right.subplots(3, 6), busiest_cells(points, s)):
-        for axis in whole:
-            axis.add_patch(Rectangle((c * 32 - 0.5, r * 32 - 0.5), 32, 32, fill=False,
-                                     edgecolor="white", linewidth=1.5))
-        told = inputs[:, r * s:r * s + s, c * s:c * s + s]
-        pixels = slice(r * 32, r * 32 + 32), slice(c * 32, c * 32 + 32)
+    for axes, (row, column) in zip(right.subplots(3, 6), busiest_cells(said, s)):
+        for axis in whole:  # -0.5: for matplotlib pixel 0 runs from -0.5 to 0.5
+            axis.add_patch(Rectangle((column * CELL - 0.5, row * CELL - 0.5), CELL,
+                                     CELL, fill=False, edgecolor="white",
+                                     linewidth=1.5))
+        pixels = block(row, column, CELL)
+        rows, columns = block(row, column, s)
+        told = inputs[:, rows, columns]
         tiles = [("pixels", picture[pixels])]
         if decoder.coordinates is not None:
             tiles += [("x", told[0]), ("y", told[1])]
         if decoder.guidance is not None:
             tiles.append(("guidance m", viewable(told[-3:])))
-        said = points[r * s:r * s + s, c * s:c * s + s]
-        tiles += [(f"g at {s}x{s} points", colours[said]),
+        tiles += [(f"g at {s}x{s} points", colours[said[rows, columns]]),
                   (f"after x{decoder.stride}", colours[final[pixels]])]
-        for axis in row[len(tiles):]:
+        for axis in axes[len(tiles):]:
             axis.axis("off")
-        for axis, (title, tile) in zip(row, tiles):
+        for axis, (title, tile) in zip(axes, tiles):
             show(axis, tile, title)
     return figure
 
 
-def busiest_cells(points: Tensor, s: int) -> list[tuple[int, int]]:
-    """Row and column of the three cells with most classes among their points (H, W)."""
-    H, W = points.shape
-    cells = {(r, c): len(points[r * s:r * s + s, c * s:c * s + s].unique())
-             for r in range(H // s) for c in range(W // s)}
-    return sorted(sorted(cells, key=cells.get)[-3:])
+def block(row: int, column: int, side: int) -> tuple[slice, slice]:
+    """Where a cell lies in a map in which it has `side` x `side` positions."""
+    return (slice(row * side, row * side + side),
+            slice(column * side, column * side + side))
+
+
+def busiest_cells(labels: Tensor, s: int) -> list[tuple[int, int]]:
+    """Row and column of the three cells with most classes among their s x s points."""
+    rows, columns = labels.shape
+    classes = {(row, column): len(labels[block(row, column, s)].unique())
+               for row in range(rows // s) for column in range(columns // s)}
+    return sorted(sorted(classes, key=classes.get)[-3:])
 
 
 # --- 6. Demo -------------------------------------------------------------------------
@@ -509,21 +676,21 @@ def busiest_cells(points: Tensor, s: int) -> list[tuple[int, int]]:
 
 def demo() -> None:
     """The way of one small image through NRD, and what each row of the tables costs."""
-    from evaluate import print_costs
     model = build(19, backbone="resnet18").eval()
     image = torch.randn(1, 3, 96, 160)
     features = model.encoder(image)
     context = model.context(features["res5"])
     theta = model.decoder.controller(context)
-    inputs = model.decoder.inputs(features["res2"], theta)
+    inputs = model.decoder.inputs_of_g(features["res2"], theta)
     logits = represent(theta, inputs, widths=model.decoder.widths)
     for name, x in {"image": image, **features, "context": context, "theta": theta,
                     "inputs": inputs, "logits": logits,
                     "out": model(image)["out"]}.items():
         print(f"{name:<8} {tuple(x.shape)}")
-    for weight, bias in split_theta(theta.flatten(2)[0].T, model.decoder.widths):
+    cells = theta[0].flatten(1).T  # one row of P numbers per cell
+    for weight, bias in split_theta(cells, model.decoder.widths):
         print(f"layer of g: weights {tuple(weight.shape)}, biases {tuple(bias.shape)}")
-    print_costs("nrd", CITY, backbone=R50)
+    print_costs("nrd", (1024, 2048))
 
 
 if __name__ == "__main__":
