@@ -1,10 +1,14 @@
-"""Shared by the tests: tiny models, drawn data trees, command lines, processes."""
+"""Shared by the tests: tiny models, drawn data trees, runs, processes, commands."""
+import csv
 import multiprocessing
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +20,18 @@ from torchvision.models import resnet
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import data  # noqa: E402 (it is found by the line above)
+import data  # noqa: E402 (they are found by the line above)
+import evaluate  # noqa: E402
+import train  # noqa: E402
+from common import load_checkpoint  # noqa: E402
 
 VOC_COLOURS = [value for label in range(256) for value in data.voc_colour(label)]
 SMALL = {"backbone": "resnet18", "channels": 16}
 # A run of seconds: python train.py *TINY, best with the `thin` network on few images.
 TINY = ["--batch", "4", "--crop", "64", "96", "--set", "channels=16", "--workers", "0",
         "--log-every", "1", "--warmup", "2"]
+# Four steps of it, on crops that are still smaller.
+FOUR_STEPS = [*TINY, "--crop", "32", "64", "--iterations", "4", "--eval-every", "4"]
 
 
 def pytest_addoption(parser):
@@ -52,21 +61,38 @@ def thin_resnet(name, weights=None):
     return net
 
 
-# Thin networks, six images to train on and two to validate on, no pictures at the end.
+# Thin networks, six images to train on and two to validate on, each drawn only once, no
+# pictures at the end.
 THIN = {"torchvision.models.get_model": thin_resnet,
         "data.Streets.sizes": {"train": 6, "val": 2},
+        "data.draw_street": cache(data.draw_street),
         "train.draw_curves": lambda *_: None,
         "train.sample_sheet": lambda *_, **__: None}
 
 
+def make_thin(patch):
+    for name, value in THIN.items():
+        patch.setattr(name, value)
+
+
 @pytest.fixture
 def thin(monkeypatch):
-    for name, value in THIN.items():
-        monkeypatch.setattr(name, value)
+    make_thin(monkeypatch)
 
 
-# Processes that are forked from one that has already imported torch and train: they
-# start in no time, can be killed, and can be several ranks of one run.
+@pytest.fixture(scope="module")
+def one_thread():
+    """More are slower for so small networks, and a child has one, too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# --- Processes -----------------------------------------------------------------------
+
+# They are forked from one that has already imported torch and train: they start in no
+# time, can be killed, and can be several ranks of one run.
 os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["train", "conftest"])
@@ -75,8 +101,8 @@ FORKS.set_forkserver_preload(["train", "conftest"])
 def in_child(function, arguments, environment, output, thin):
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # loaders: as in a usual run
-    for name, value in THIN.items() if thin else ():
-        pytest.MonkeyPatch().setattr(name, value)
+    if thin:
+        make_thin(pytest.MonkeyPatch())
     os.environ.update(environment)
     with open(output, "a") as file:
         os.dup2(file.fileno(), 1)
@@ -123,6 +149,98 @@ def run(*argv, cwd=ROOT, timeout=120) -> subprocess.CompletedProcess:
     """`python ARGV...` in the checkout, output captured as text."""
     return subprocess.run([sys.executable, *map(str, argv)], cwd=cwd, timeout=timeout,
                           capture_output=True, text=True)
+
+
+# --- Runs ----------------------------------------------------------------------------
+
+
+def launch(*argv):
+    """train.py inside this process; the last mIoU."""
+    return train.train(train.parse(list(map(str, argv))))
+
+
+def call_evaluate(*argv):
+    """evaluate.py inside this process."""
+    return evaluate.main(list(map(str, argv)))
+
+
+def train_ends(capsys, code, *argv):
+    """train.py must end with this exit code, without a traceback; what it said."""
+    with pytest.raises(SystemExit) as stop:
+        train.main(list(map(str, argv)))
+    said = capsys.readouterr()
+    assert stop.value.code == code, f"exit code {stop.value.code}: {said.err}"
+    assert "Traceback" not in said.err
+    return said
+
+
+def stop_after(step, patch, number=signal.SIGTERM):
+    """From now on a run gets a real signal in the middle of that step."""
+    schedule = train.learning_rate
+
+    def signalled(iteration, *rest):
+        if iteration + 1 == step:
+            os.kill(os.getpid(), number)
+        return schedule(iteration, *rest)
+    patch.setattr(train, "learning_rate", signalled)
+
+
+@pytest.fixture(scope="session")
+def stopped_original(tmp_path_factory):
+    """A run that was stopped after the second of its four steps, with all its files."""
+    folder = tmp_path_factory.mktemp("original") / "run"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(train.Stopped):
+        make_thin(patch)
+        stop_after(2, patch)
+        launch(*FOUR_STEPS, "--eval-every", 1, "--out", folder)
+    return folder
+
+
+@pytest.fixture
+def stopped(stopped_original, tmp_path):
+    """A copy of that run to do anything with."""
+    return shutil.copytree(stopped_original, tmp_path / "stopped")
+
+
+def rows_of(folder) -> list[dict]:
+    """The rows of a run's log.csv."""
+    with open(folder / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def bytes_of(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def contents(folder):
+    """All that a run is made of, without what a clock or the machine says."""
+    def repeatable(rows):
+        columns = ("iteration", "lr", "loss", "out", "aux", "miou", "pixel_accuracy")
+        return [[row.get(name, "") for name in columns] for row in rows]
+    states = [load_checkpoint(folder / name) for name in ("last.pt", "best.pt")]
+    for state in states:
+        del state["args"], state["environment"], state["data_root"]
+        state["log"] = repeatable(state["log"])
+    return {"log": repeatable(rows_of(folder)), "last": states[0], "best": states[1]}
+
+
+def assert_same(a, b, where=""):
+    """Equal to the last bit, through nested dicts and lists."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), f"{where} differs"
+    elif isinstance(a, dict):
+        assert list(a) == list(b), f"{where}: {set(a) ^ set(b)}"
+        for name in a:
+            assert_same(a[name], b[name], f"{where}.{name}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), f"{where}: {len(a)} and {len(b)} entries"
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_same(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, f"{where}: {a} and {b}"
+
+
+# --- Data sets on disk ---------------------------------------------------------------
 
 
 def save(path: Path, array: np.ndarray, *, palette=None) -> Path:

@@ -1,4 +1,4 @@
-"""Encoder, losses, metrics, cost and building by name."""
+"""Encoder, losses, metrics, cost, building by name, and the contract of a method."""
 import inspect
 import math
 
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import common
 import data
 import evaluate
+import train
 from common import IGNORE_INDEX, ConfusionMatrix, UserError
 from conftest import SMALL
 
@@ -45,12 +46,49 @@ def test_weights_are_loaded_or_refused(tmp_path):
     loaded = common.Encoder("resnet18", weights=str(path))
     assert torch.equal(loaded.stem[0].weight, net.conv1.weight)
     assert not torch.equal(source.stem[0].weight, net.conv1.weight)
-    with pytest.raises(UserError, match="only .* tensors fit resnet50"):
+    with pytest.raises(UserError, match="do not fit resnet50 .*nothing was loaded"):
         common.Encoder("resnet50", weights=str(path))
     with pytest.raises(UserError, match="no such file"):
         common.Encoder("resnet18", weights="imagnet")
     with pytest.raises(UserError, match="deep stem"):
         common.Encoder("resnet50c", weights="imagenet")
+
+
+def saved(path, backbone, rename=lambda name: name):
+    """A weight file of an encoder's network, under other names."""
+    net = common.torchvision.models.get_model(common.split_backbone(backbone)[0])
+    widths = common.split_backbone(backbone)[1]
+    if widths:
+        common.replace_stem(net, widths)
+    torch.save({rename(k): v for k, v in net.state_dict().items()}, path)
+    return net
+
+
+def test_a_deep_stem_has_two_names(tmp_path):
+    """mmsegmentation's stem.0 .. stem.7 are the layers conv1.0 .. conv1.6 and bn1.
+
+    The likely mistake: to load what fits, and to train with a random stem.
+    """
+    def rename(name):
+        layer, _, rest = name.partition(".")
+        theirs = {"conv1": f"stem.{rest}", "bn1": f"stem.7.{rest}"}
+        return f"backbone.{theirs.get(layer, name)}"
+    net = saved(tmp_path / "w.pt", "resnet18c", rename)
+    assert "backbone.stem.7.weight" in torch.load(tmp_path / "w.pt")
+    loaded = common.Encoder("resnet18c", weights=str(tmp_path / "w.pt"))
+    assert torch.equal(loaded.stem[0][6].weight, net.conv1[6].weight)
+    assert torch.equal(loaded.stem[1].weight, net.bn1.weight), "the stem's last norm"
+    assert "all 110 tensors" in loaded.loaded
+
+
+@pytest.mark.parametrize("file, wanted", [("resnet101", "resnet50"),
+                                          ("resnet18", "resnet18c"),
+                                          ("resnet18c", "resnet18s")])
+def test_weights_that_fit_in_part_are_refused(tmp_path, file, wanted):
+    """A larger network holds all tensors of a smaller one; another stem, most."""
+    saved(tmp_path / "w.pt", file)
+    with pytest.raises(UserError, match=f"do not fit {wanted}"):
+        common.Encoder(wanted, weights=str(tmp_path / "w.pt"))
 
 
 def test_offline_imagenet_says_what_to_do(monkeypatch, tmp_path):
@@ -86,7 +124,7 @@ def test_loss_ignores_255_and_nothing_else():
     torch.testing.assert_close(common.cross_entropy(more, padded), plain)
 
 
-@pytest.mark.parametrize("ohem", [False, True])
+@pytest.mark.parametrize("ohem", [0.0, 0.1])
 def test_all_ignored_crop_gives_exactly_zero(ohem):
     """Loss 0.0 and gradient 0, where torch's own mean is NaN."""
     logits = torch.randn(2, 3, 4, 4, requires_grad=True)
@@ -98,22 +136,27 @@ def test_all_ignored_crop_gives_exactly_zero(ohem):
     assert F.cross_entropy(logits, labels.long(), ignore_index=IGNORE_INDEX).isnan()
 
 
-@pytest.mark.parametrize("min_kept", [1, 7, 1000])
-def test_ohem_keeps_the_hard_pixels(min_kept):
-    """Literal OHEM: sort by loss, keep those with p < 0.7, at least min_kept."""
-    logits, labels = 3 * torch.randn(1, 3, 4, 5), torch.randint(3, (1, 4, 5))
-    labels[0, 0, 0] = IGNORE_INDEX
-    losses = []
-    for y in range(4):
-        for x in range(5):
-            if labels[0, y, x] != IGNORE_INDEX:
-                log_p = logits[0, :, y, x].log_softmax(0)
-                losses.append(-log_p[labels[0, y, x]].item())
-    losses.sort(reverse=True)
-    hard = [v for v in losses if math.exp(-v) < 0.7]
-    kept = losses[:max(len(hard), min(min_kept, len(losses)))]
-    ours = common.ohem_cross_entropy(logits, labels, min_kept=min_kept)
+@pytest.mark.parametrize("share, threshold", [(0.1, 0.0), (0.3, 0.7), (1.0, 0.7)])
+def test_ohem_keeps_the_hard_pixels_of_each_image(share, threshold):
+    """Literal OHEM: of each image the share with most loss, and all p < threshold."""
+    logits, labels = 3 * torch.randn(2, 3, 4, 5), torch.randint(3, (2, 4, 5))
+    labels[0, 0, :3] = IGNORE_INDEX
+    kept = []
+    for image, truth in zip(logits, labels):
+        losses = sorted((-image[:, y, x].log_softmax(0)[truth[y, x]].item()
+                         for y in range(4) for x in range(5)
+                         if truth[y, x] != IGNORE_INDEX), reverse=True)
+        hard = [v for v in losses if math.exp(-v) < threshold]
+        kept += losses[:max(len(hard), math.ceil(share * len(losses)))]
+    ours = common.ohem_cross_entropy(logits, labels, share=share, threshold=threshold)
     assert ours.item() == pytest.approx(sum(kept) / len(kept), rel=1e-5)
+
+
+def test_ohem_does_not_depend_on_how_a_batch_is_divided():
+    """The released codes keep a number per process: on one device another loss."""
+    logits, labels = torch.randn(4, 3, 5, 5), torch.randint(3, (4, 5, 5))
+    loss = lambda a, b: common.ohem_cross_entropy(logits[a:b], labels[a:b], share=0.2)
+    torch.testing.assert_close(loss(0, 4), (loss(0, 2) + loss(2, 4)) / 2)
 
 
 def test_auxiliary_loss_is_weighted_and_enlarged():
@@ -224,7 +267,7 @@ def two_streets():
 @pytest.mark.filterwarnings("ignore:W is random")
 @pytest.mark.parametrize("spec", VARIANTS)
 def test_every_variant_trains_and_evaluates_at_any_size(spec, two_streets, thin):
-    """One step: finite, non-zero gradients everywhere; then 33x65, 65x97, 512x32."""
+    """One step: finite, non-zero gradients everywhere; then any size, and by rows."""
     known = common.method_options(spec)
     options = {k: 16 for k in ("channels", "controller_channels") if k in known}
     options |= common.load_method(spec)[0].FROM_SCRATCH
@@ -244,10 +287,22 @@ def test_every_variant_trains_and_evaluates_at_any_size(spec, two_streets, thin)
     torch.optim.SGD(model.parameters(), lr=0.01).step()
     model.eval()
     with torch.no_grad():
-        for size in ((33, 65), (65, 97), (512, 32)):
-            outputs = model(torch.randn(1, 3, *size))
+        for size in ((33, 65), (64, 96), (65, 97), (512, 32)):
+            images = torch.randn(1, 3, *size)
+            outputs = model(images)
             assert outputs["out"].shape == (1, 11, *size) and outputs["aux"] == []
             assert outputs["out"].isfinite().all()
+            rows_are_the_models_own(model, images, outputs["out"][0])
+
+
+def rows_are_the_models_own(model, images, whole):
+    """Enlarged by strips of rows, as it is scored, it says what `forward` says."""
+    H, W = images.shape[-2:]
+    windows = evaluate.Windows(model, images, (H, W), (H, W))
+    for lo in range(0, H, 23):
+        rows = windows.rows(lo, min(lo + 23, H))
+        away = (rows - whole[:, lo:lo + 23]).abs().max() / whole.abs().max()
+        assert away < 1e-5, f"rows {lo}.. slid against the image of {H}x{W}"
 
 
 def test_build_signatures_look_alike():
@@ -277,26 +332,89 @@ def test_wrong_names_are_told_with_the_right_ones():
         common.build_model("nrd:bilinaer", 5)
     with pytest.raises(UserError,
                        match="no option 'hiden_channels'.*'hidden_channels'.*=16"):
-        common.parse_options("nrd", ["hiden_channels=8"])
+        train.parse_options("nrd", ["hiden_channels=8"])
+    with pytest.raises(UserError, match="no option 'hiden_channels'.*did you mean"):
+        common.build_model("nrd", 5, hiden_channels=8)
     with pytest.raises(UserError, match="hidden_channels is a int"):
-        common.parse_options("nrd", ["hidden_channels=many"])
-    assert common.parse_options("nrd", ["hidden_channels=8", "init=official"]) == {
+        train.parse_options("nrd", ["hidden_channels=many"])
+    assert train.parse_options("nrd", ["hidden_channels=8", "init=official"]) == {
         "hidden_channels": 8, "init": "official"}
+    for wrong in (0, 256):
+        with pytest.raises(UserError, match="class ids are bytes"):
+            common.build_model("nrd", wrong)
+
+
+# --- The contract --------------------------------------------------------------------
+
+
+class Double(torch.nn.Module):
+    """A network of one convolution that keeps the contract; each test breaks it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Conv2d(3, 5, 3, stride=4, padding=1)
+        self.num_classes = 5
+
+    def forward(self, images):
+        native, aux = self.decode(images)
+        return {"out": self.to_pixels(native, images.shape[-2:]), "aux": aux}
+
+    def decode(self, images):
+        return self.layer(images), []
+
+    def to_pixels(self, native, size, rows=None):
+        return common.upsample(native, 4, size, rows)
+
+
+def squeezed(self, native, size, rows=None):
+    """The likely mistake: what everybody writes, but for the rows."""
+    x = F.interpolate(native, size, mode="bilinear")
+    return common.upsample(native, 4, size, rows) if rows else x
+
+
+BREACHES = {
+    "no dictionary": ({"forward": lambda self, x: self.layer(x)}, "forward must give"),
+    "logits at 1/4": ({"forward": lambda self, x: {"out": self.layer(x), "aux": []}},
+                      "out must be"),
+    "auxiliary logits in eval": ({"decode": lambda self, x: (self.layer(x), [x])},
+                                 "1 maps"),
+    "a layer after the enlargement": ({"forward": lambda self, x: {
+        "out": 2 * self.to_pixels(self.layer(x), x.shape[-2:]), "aux": []}},
+        "not what forward gives"),
+    "rows are enlarged otherwise": ({"to_pixels": squeezed}, "rows="),
+    "half of the two steps": ({"decode": property(), "forward": lambda self, x: {
+        "out": self.to_pixels(self.layer(x), x.shape[-2:]), "aux": []}},
+        "belong together"),
+}
+
+
+@pytest.mark.parametrize("breach", BREACHES)
+def test_a_method_that_breaks_the_contract_is_told_when_it_is_built(breach):
+    """Else another network would be scored than was trained, without a word."""
+    assert common.broken_contract(Double()) == ""
+    changed, message = BREACHES[breach]
+    model = type("Broken", (Double,), changed)()
+    assert message in common.broken_contract(model)
 
 
 # --- Cost ----------------------------------------------------------------------------
 
 
+def cost_of(spec):
+    return common.count_cost(*common.shapes_only(spec, 19, (1024, 2048),
+                                                 backbone="resnet50c"))
+
+
 def test_cost_counts_what_a_hand_counts():
     """Bilinear decoder at 1024x2048: 512*19 multiply-adds at each of 256*512 points."""
-    cost = evaluate.count_cost("nrd:bilinear", 19, (1024, 2048), backbone="resnet50c")
+    cost = cost_of("nrd:bilinear")
     assert cost["decoder"]["gmacs"] == pytest.approx(512 * 19 * 256 * 512 / 1e9)
     assert cost["decoder"]["params"] == pytest.approx((512 * 19 + 19) / 1e6)
 
 
 def test_dynamic_convolutions_are_counted():
     """g of NRD at 1024x2048: 18*16 + 16*16 + 16*19 products at 256*512 points."""
-    cost = evaluate.count_cost("nrd", 19, (1024, 2048), backbone="resnet50c")["decoder"]
+    cost = cost_of("nrd")["decoder"]
     static = (32 * 64 * (9 * 512 * 512 + 512 * 899)
               + 256 * 512 * (9 * 256 * 48 + 48 * 16))
     dynamic = 256 * 512 * (18 * 16 + 16 * 16 + 16 * 19)

@@ -1,6 +1,10 @@
 """What DeepLabv3+'s paper claims about its encoder and decoder."""
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import common
 import deeplabv3plus
@@ -13,33 +17,37 @@ def atrous_slowly(x, weight, rate):
     out = torch.zeros(B, weight.shape[0], h, w, dtype=x.dtype)
     for ky in range(3):
         for kx in range(3):
-            for y in range(h):
-                for z in range(w):
-                    sy, sx = y + rate * (ky - 1), z + rate * (kx - 1)
-                    if 0 <= sy < h and 0 <= sx < w:
-                        out[:, :, y, z] += x[:, :, sy, sx] @ weight[:, :, ky, kx].T
+            for row in range(h):
+                for column in range(w):
+                    source_row = row + rate * (ky - 1)
+                    source_column = column + rate * (kx - 1)
+                    if 0 <= source_row < h and 0 <= source_column < w:
+                        source = x[:, :, source_row, source_column]
+                        out[:, :, row, column] += source @ weight[:, :, ky, kx].T
     return out
 
 
 @pytest.mark.parametrize("rate", [1, 2, 3])
 def test_atrous_convolution_is_equation_1(rate):
+    """atrous_convolution is Eq. (1), in value and in both gradients."""
     results = []
-    x0 = torch.randn(2, 3, 5, 7, dtype=torch.float64)
-    w0 = torch.randn(4, 3, 3, 3, dtype=torch.float64)
+    maps = torch.randn(2, 3, 5, 7, dtype=torch.float64)
+    kernels = torch.randn(4, 3, 3, 3, dtype=torch.float64)
     for function in (lambda x, w: deeplabv3plus.atrous_convolution(x, w, rate=rate),
                      lambda x, w: atrous_slowly(x, w, rate)):
-        x, w = x0.clone().requires_grad_(), w0.clone().requires_grad_()
-        out = function(x, w)
+        x, weight = maps.clone().requires_grad_(), kernels.clone().requires_grad_()
+        out = function(x, weight)
         out.square().sum().backward()
-        results.append((out, x.grad, w.grad))
-    for fast, slow in zip(*results):
-        torch.testing.assert_close(fast, slow)
+        results.append((out, x.grad, weight.grad))
+    for fast, slow, name in zip(*results, ("output", "d map", "d weight")):
+        torch.testing.assert_close(fast, slow, msg=lambda m: f"{name}: {m}")
 
 
 def test_layers_use_the_same_convolution():
     """nn.Conv2d inside ASPP is atrous_convolution with the layer's weight."""
     aspp = common.ASPP(4, 6, rates=(2,), separable=False)
-    conv, x = aspp.branches[1][0], torch.randn(1, 4, 9, 9)
+    conv = aspp.branches[1][0]  # branch 0 is the 1x1
+    x = torch.randn(1, 4, 9, 9)
     torch.testing.assert_close(
         conv(x), deeplabv3plus.atrous_convolution(x, conv.weight, rate=2))
 
@@ -59,7 +67,7 @@ def test_dilation_keeps_resolution_and_parameters(backbone, stride):
     assert [p.shape for p in encoder.parameters()] == [
         p.shape for p in plain.parameters()]
     features = encoder(torch.randn(1, 3, 65, 97))
-    expected = (-(-65 // stride), -(-97 // stride))
+    expected = (math.ceil(65 / stride), math.ceil(97 / stride))
     assert features["res5"].shape[-2:] == expected, (
         f"stride {stride} gives another size")
 
@@ -77,13 +85,13 @@ def test_dilated_stage_still_sees_the_same_pixels():
     dilated.load_state_dict(plain.state_dict())
     x = torch.randn(1, 3, 128, 128)
     with torch.no_grad():
-        a, b = plain(x)["res4"], dilated(x)["res4"]
-        torch.testing.assert_close(a, b)
+        before = plain(x)["res4"]
+        torch.testing.assert_close(dilated(x)["res4"], before)
         first_conv = dilated.res5[0].conv1
         assert first_conv.stride == (1, 1) and first_conv.dilation == (1, 1), (
             "the first 3x3 of a dilated stage sees the old grid, dilation 1 here")
-        thin = torch.nn.functional.conv2d(a, first_conv.weight, stride=2, padding=1)
-        torch.testing.assert_close(first_conv(b)[..., ::2, ::2], thin)
+        strided = F.conv2d(before, first_conv.weight, stride=2, padding=1)
+        torch.testing.assert_close(first_conv(before)[..., ::2, ::2], strided)
         assert dilated.res5[0].conv2.dilation == (2, 2)
         assert dilated.res5[1].conv1.dilation == (2, 2)
 
@@ -93,7 +101,10 @@ def test_dilated_stage_still_sees_the_same_pixels():
     ("deeplabv3plus:dilated", 150, 41_292_390),
     ("nrd:deeplabv3plus", 19, 41_225_187)])
 def test_parameters_of_the_network(spec, classes, count):
-    """Exact counts of mmsegmentation's configurations, without the auxiliary head."""
+    """Exact counts of mmsegmentation's configurations, without the auxiliary head.
+
+    NRD's Table 1 and this module must mean the same network by DeepLabv3+.
+    """
     with torch.device("meta"):
         model = common.build_model(spec, classes, backbone="resnet50c", aux=False)
     assert sum(p.numel() for p in model.parameters()) == count
@@ -107,3 +118,257 @@ def test_decoder_reads_low_level_features_at_a_quarter():
         features = model.encoder(torch.randn(1, 3, 65, 97))
         logits = model.decoder(model.context(features["res5"]), features)
         assert logits.shape == (1, 5, 17, 25)
+
+
+# --- mmsegmentation's head, restated -------------------------------------------------
+
+
+class Block(nn.Module):
+    """Convolution, norm, ReLU, by the names that they have in its checkpoints."""
+
+    def __init__(self, fan_in, fan_out, kernel=1, dilation=1, groups=1):
+        super().__init__()
+        self.conv = nn.Conv2d(fan_in, fan_out, kernel, dilation=dilation, groups=groups,
+                              padding=kernel // 2 * dilation, bias=False)
+        self.bn = nn.BatchNorm2d(fan_out)
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x)))
+
+
+class Separable(nn.Module):
+    def __init__(self, fan_in, fan_out, dilation=1):
+        super().__init__()
+        self.depthwise_conv = Block(fan_in, fan_in, 3, dilation, groups=fan_in)
+        self.pointwise_conv = Block(fan_in, fan_out)
+
+    def forward(self, x):
+        return self.pointwise_conv(self.depthwise_conv(x))
+
+
+class ASPPHead(nn.Module):
+    """Five views, concatenated and projected by a 3x3; what both heads have."""
+
+    def __init__(self, fan_in, channels, num_classes):
+        super().__init__()
+        self.image_pool = nn.Sequential(nn.AdaptiveAvgPool2d(1),
+                                        Block(fan_in, channels))
+        self.aspp_modules = nn.ModuleList(
+            [Block(fan_in, channels)] + [Separable(fan_in, channels, rate)
+                                         for rate in (3, 6, 9)])
+        self.bottleneck = Block(5 * channels, channels, 3)
+        self.conv_seg = nn.Conv2d(channels, num_classes, 1)
+
+    def context(self, x):
+        views = [F.interpolate(self.image_pool(x), x.shape[-2:], mode="bilinear")]
+        views += [view(x) for view in self.aspp_modules]
+        return self.bottleneck(torch.cat(views, dim=1))
+
+
+class DeepLabHead(ASPPHead):
+    def __init__(self, fan_in, low, channels, num_classes):
+        super().__init__(fan_in, channels, num_classes)
+        self.c1_bottleneck = Block(low, 48)
+        self.sep_bottleneck = nn.Sequential(Separable(channels + 48, channels),
+                                            Separable(channels, channels))
+
+    def forward(self, features):
+        low = self.c1_bottleneck(features["res2"])
+        up = F.interpolate(self.context(features["res5"]), low.shape[-2:],
+                           mode="bilinear", align_corners=False)
+        return self.conv_seg(self.sep_bottleneck(torch.cat([up, low], dim=1)))
+
+
+class AuxiliaryHead(nn.Module):
+    def __init__(self, fan_in, num_classes):
+        super().__init__()
+        self.convs = nn.ModuleList([Block(fan_in, 256, 3)])
+        self.conv_seg = nn.Conv2d(256, num_classes, 1)
+
+    def forward(self, features):
+        return self.conv_seg(self.convs[0](features["res4"]))
+
+
+class Restated(nn.Module):
+    """Both heads on given features; a backbone only as names in the state dict."""
+
+    def __init__(self, decode_head, auxiliary_head):
+        super().__init__()
+        self.decode_head = decode_head
+        self.auxiliary_head = auxiliary_head
+
+    def forward(self, features):
+        return self.decode_head(features), self.auxiliary_head(features)
+
+
+def scramble(module):
+    """Random weights, affine parts and running statistics, in float64."""
+    module.double()
+    with torch.no_grad():
+        for name, value in module.named_parameters():
+            if "bn.weight" in name or "norm.weight" in name:
+                value.uniform_(0.5, 1.5)
+        for name, value in module.named_buffers():
+            if value.is_floating_point():
+                value.uniform_(0.5, 1.5)
+    return module
+
+
+def official_backbone(encoder):
+    """The encoder's tensors by mmsegmentation's names, deep stem included."""
+    stages = {"res2": "layer1", "res3": "layer2", "res4": "layer3", "res5": "layer4"}
+    state = {}
+    for key, value in encoder.state_dict().items():
+        part, _, rest = key.partition(".")
+        if part == "stem" and rest.startswith("0."):
+            key = f"stem.{rest[2:]}"
+        elif part == "stem":
+            key = f"stem.7.{rest[2:]}"
+        else:
+            key = f"{stages[part]}.{rest}"
+        state[f"backbone.{key}"] = value
+    return state
+
+
+def without_dropout(model):
+    for module in model.modules():
+        if isinstance(module, nn.Dropout2d):
+            module.p = 0.0
+    return model.double()
+
+
+def random_features(channels, h, w):
+    """What an encoder without dilation gives for 32h x 32w pixels."""
+    return {f"res{n}": torch.randn(2, channels[f"res{n}"], h * 2**(5 - n),
+                                   w * 2**(5 - n), dtype=torch.float64).relu()
+            for n in (2, 3, 4, 5)}
+
+
+def heads_alone(model, features):
+    context = model.context(features["res5"])
+    return model.decoder(context, features), model.aux_heads[0](features["res4"])
+
+
+def assert_same_function(model, restated, features, *, gradients=lambda state: state):
+    """Logits in eval and in training, and there all gradients, to 1e-10.
+
+    `gradients` corrects restated gradients where `convert` has scaled a weight.
+    """
+    close = dict(rtol=1e-10, atol=1e-10)
+    for training in (False, True):
+        model.train(training)
+        restated.train(training)
+        ours, official = heads_alone(model, features), restated(features)
+        for a, b in zip(ours, official):
+            torch.testing.assert_close(a, b, **close)
+    cotangents = [torch.randn_like(a) for a in ours]
+    torch.autograd.backward(ours, cotangents)
+    torch.autograd.backward(official, cotangents)
+    expected = gradients({name: p.grad for name, p in restated.named_parameters()})
+    seen = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert len(seen) == len(expected) > 30
+    for name, gradient in expected.items():
+        torch.testing.assert_close(seen[name], gradient, rtol=1e-9, atol=1e-9,
+                                   msg=lambda m: f"{name}: {m}")
+
+
+def named_as_ours(gradients, names):
+    """Gradients of the restated heads by our names; unused layers have none."""
+    return {f"{names[layer]}.{kind}": gradient for key, gradient in gradients.items()
+            if gradient is not None for layer, _, kind in [key.rpartition(".")]}
+
+
+def test_it_is_mmsegmentations_head_with_the_same_weights():
+    """convert: a checkpoint with a deep stem gives the function that was saved."""
+    torch.manual_seed(0)
+    model = without_dropout(common.build_model(
+        "deeplabv3plus:undilated", 5, backbone="resnet18c", channels=16))
+    restated = scramble(Restated(DeepLabHead(512, 64, 16, 5), AuxiliaryHead(256, 5)))
+    donor = scramble(common.Encoder("resnet18c"))
+    state = restated.state_dict() | official_backbone(donor)
+    model.load_state_dict(deeplabv3plus.convert({"state_dict": state}, model))
+    for key, value in donor.state_dict().items():
+        torch.testing.assert_close(model.encoder.state_dict()[key], value)
+    names = deeplabv3plus.shared_names() | deeplabv3plus.decoder_names()
+    assert_same_function(model, restated, random_features(donor.channels, 2, 3),
+                         gradients=lambda state: named_as_ours(state, names))
+
+
+def test_convert_takes_nothing_that_does_not_fit():
+    """Another width or stem, a missing tensor: each is named. aux=False may be."""
+    model = common.build_model("deeplabv3plus:undilated", 5, backbone="resnet18c",
+                               channels=16)
+    restated = Restated(DeepLabHead(512, 64, 16, 5), AuxiliaryHead(256, 5))
+    state = restated.state_dict() | official_backbone(model.encoder)
+    deeplabv3plus.convert(state, model)
+    small = common.build_model("deeplabv3plus:undilated", 5, backbone="resnet18c",
+                               channels=16, aux=False)
+    small.load_state_dict(deeplabv3plus.convert(state, small))
+    for spec, options in (("undilated", {"channels": 8}), ("default", {}),
+                          ("undilated", {"backbone": "resnet18"})):
+        other = common.build_model(f"deeplabv3plus:{spec}", 5, **(
+            {"backbone": "resnet18c", "channels": 16} | options))
+        with pytest.raises(common.UserError, match="tensors have no place in this net"):
+            deeplabv3plus.convert(state, other)
+    del state["decode_head.conv_seg.bias"]
+    with pytest.raises(common.UserError, match="missing .decoder.classify.1.bias"):
+        deeplabv3plus.convert(state, model)
+
+
+def assert_drawn_by_mmsegmentation(part):
+    """Every convolution with a batch norm has the deviation sqrt(2 / fan_out)."""
+    for name, conv in part.named_modules():
+        if isinstance(conv, nn.Conv2d) and conv.bias is None:
+            fan_out = conv.out_channels * conv.kernel_size[0] * conv.kernel_size[1]
+            ratio = conv.weight.std().item() / (2 / fan_out)**0.5
+            assert ratio == pytest.approx(1, abs=4 / conv.weight.numel()**0.5), name
+
+
+def test_mmsegmentations_start():
+    """N7: its variants are drawn as it draws; the paper's widths by torch."""
+    torch.manual_seed(0)
+    model = common.build_model("deeplabv3plus:undilated", 19, backbone="resnet18")
+    for part in (model.context, model.decoder, model.aux_heads):
+        assert_drawn_by_mmsegmentation(part)
+    for classifier in (model.decoder.classify[-1], model.aux_heads[0].layers[-1]):
+        assert classifier.weight.std().item() == pytest.approx(0.01, rel=0.1)
+        assert not classifier.bias.any()
+    with pytest.raises(AssertionError):
+        assert_drawn_by_mmsegmentation(
+            common.build_model("deeplabv3plus", 19, backbone="resnet18").context)
+    with pytest.raises(common.UserError, match="init='x': must be 'torch' or"):
+        common.build_model("deeplabv3plus", 19, backbone="resnet18", init="x")
+
+
+@pytest.mark.parametrize("stride, published", [(32, 21.77), (16, None), (8, 21.74)])
+def test_the_decoder_adds_what_table_3_says(stride, published):
+    """N6: 74.20 - 52.43 and 297.92 - 276.18 G multiply-adds; at 16 the paper has 20.26.
+    """
+    cost = {}
+    for variant in ("plain", "no-decoder"):
+        model, images = common.shapes_only(
+            f"deeplabv3plus:{variant}", 21, (513, 513), backbone="resnet101s",
+            output_stride=stride)
+        cost[variant] = common.count_cost(model, images)["total"]["gmacs"]
+    added = cost["plain"] - cost["no-decoder"]
+    assert added == pytest.approx(published or 21.76, abs=0.011)
+
+
+def test_recipes_say_where_each_value_stands():
+    """VOC by the authors' code; Cityscapes and ADE20K as in NRD's tables (N9)."""
+    for dataset, expected in {
+            "voc": {"lr": 0.007, "weight_decay": 1e-4, "iterations": 30_000,
+                    "crop": (513, 513), "batch": 16, "power": 0.9, "momentum": 0.9,
+                    "scale": (0.5, 2.0), "aux_weight": 0.0, "warmup": 0,
+                    "backbone": "resnet101"},
+            "cityscapes": {"lr": 0.01, "weight_decay": 5e-4, "iterations": 84_000,
+                           "crop": (512, 1024), "batch": 16, "aux_weight": 0.4,
+                           "warmup": 4000, "warmup_from": 0.01, "backbone": "resnet50"},
+            "ade20k": {"lr": 0.01, "weight_decay": 5e-4, "iterations": 164_000,
+                       "crop": (512, 512), "base_size": (2048, 512),
+                       "backbone": "resnet101"}}.items():
+        recipe = deeplabv3plus.RECIPES[dataset]
+        assert {name: recipe[name][0] for name in expected} == expected
+        assert all(source for _, source in recipe.values())
+    sources = {source for _, source in deeplabv3plus.RECIPES["voc"].values()}
+    assert sources == {"official code, train.py", "paper, Sec. 4", "paper, Table 3"}

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 import common
 import data
 import dupsampling
-import evaluate
 from conftest import SMALL
 
 
@@ -19,7 +18,8 @@ def small_labels(count=12, *, size=(20, 27), classes=3):
     for _ in range(count):
         labels = torch.zeros(size, dtype=torch.uint8)
         for _ in range(6):
-            y, x = torch.randint(size[0], ()).item(), torch.randint(size[1], ()).item()
+            y = torch.randint(size[0], ()).item()
+            x = torch.randint(size[1], ()).item()
             value = torch.randint(classes, ()).item()
             labels[y:y + 9, x:x + 7] = value
         labels[torch.rand(size) < 0.02] = 255
@@ -45,7 +45,7 @@ def vectors_slowly(maps, classes, r):
 
 
 def reconstruction_error(v, W, mean):
-    """Eq. (3) with the best P for W's column space: mean squared distance of v~."""
+    """Eq. (3), for the P that is best for this W: mean squared distance of v and v~."""
     Q = torch.linalg.qr(W.double())[0]
     centred = v - mean.double()
     return (centred - centred @ Q @ Q.T).square().sum(1).mean().item()
@@ -56,13 +56,15 @@ def reconstruction_error(v, W, mean):
 
 def test_streamed_pca_equals_a_dense_svd():
     """W loses as little as the SVD of all windows does, and no random matrix less."""
-    maps, K, r, E = small_labels(), 3, 4, 10
+    maps = small_labels()
+    K, r, E = 3, 4, 10
     W, mean, lost = dupsampling.principal_components(
         maps, K, ratio=r, components=E, passes=8)
     v = vectors_slowly(maps, K, r)
     torch.testing.assert_close(mean.double(), v.mean(0), rtol=1e-5, atol=1e-6)
     singular = torch.linalg.svdvals(v - v.mean(0)).square() / len(v)
-    ours, best = reconstruction_error(v, W, mean), singular[E:].sum().item()
+    ours = reconstruction_error(v, W, mean)
+    best = singular[E:].sum().item()
     assert best <= ours * (1 + 1e-5) and ours == pytest.approx(best, rel=2e-3)
     assert lost == pytest.approx((singular[E:].sum() / singular.sum()).item(), abs=1e-3)
     for _ in range(20):
@@ -78,7 +80,10 @@ def test_columns_of_w_are_orthonormal():
 
 
 def test_mean_is_taken_off_before_the_pca():
-    """Without centring the first column would be the mean: a direction wasted on it."""
+    """W's first column is that of a PCA of centred vectors.
+
+    Without centring it would be near the mean: one direction of E would be wasted.
+    """
     maps = small_labels()
     W, mean, _ = dupsampling.principal_components(
         maps, 3, ratio=4, components=6, passes=8)
@@ -89,15 +94,19 @@ def test_mean_is_taken_off_before_the_pca():
 
 
 def test_windows_of_one_class_are_counted_not_dropped():
-    """Sparse rows with weights say the same as every window on its own."""
+    """`vectors` gives equal windows once, with their number as weight.
+
+    The weighted sum of what it gives is the sum over every window on its own.
+    """
     maps = small_labels(4)
     total = torch.zeros(48, dtype=torch.float64)
-    for _, v, weight in dupsampling.vectors(maps, 4, 3, chunk=10):
+    for _, v, weight in dupsampling.vectors(maps, 3, ratio=4, chunk=10):
         total += (v.to_dense() * weight[:, None]).sum(0).double()
     torch.testing.assert_close(total, vectors_slowly(maps, 3, 4).sum(0))
 
 
 def test_more_numbers_than_a_window_has_are_refused():
+    """3 classes of 4x4 pixels are 48 numbers, so there are 48 directions, not 49."""
     with pytest.raises(common.UserError, match="48 numbers only"):
         dupsampling.principal_components(small_labels(2), 3, ratio=4, components=49)
 
@@ -121,11 +130,13 @@ def decompress_slowly(x, W, r):
 def test_dupsampling_is_w_times_x_at_every_location():
     """1x1 convolution and depth-to-space draw each window in its place, h != w too."""
     x0 = torch.randn(2, 5, 2, 3, dtype=torch.float64)
-    W0, results = torch.randn(3 * 16, 5, dtype=torch.float64), []
+    W0 = torch.randn(3 * 16, 5, dtype=torch.float64)
+    results = []
     weight = torch.randn(2, 3, 8, 12, dtype=torch.float64)
     for function in (lambda x, W: dupsampling.decompress(x, W, ratio=4),
                      lambda x, W: decompress_slowly(x, W, 4)):
-        x, W = x0.clone().requires_grad_(), W0.clone().requires_grad_()
+        x = x0.clone().requires_grad_()
+        W = W0.clone().requires_grad_()
         out = function(x, W)
         (out * weight).sum().backward()
         results.append((out, x.grad, W.grad))
@@ -145,7 +156,7 @@ def test_what_is_compressed_is_drawn_again(H, W):
         maps, 3, ratio=4, components=48, passes=2)
     labels = torch.stack(maps[:2])
     x = dupsampling.compress(labels, basis, mean, num_classes=3, ratio=4)
-    assert x.shape == (2, 48, -(-H // 4), -(-W // 4))
+    assert x.shape == (2, 48, math.ceil(H / 4), math.ceil(W / 4))
     drawn = dupsampling.decompress(x, basis, ratio=4) + mean.reshape(
         3, 4, 4).tile(x.shape[-2:])
     torch.testing.assert_close(drawn[..., :H, :W], common.one_hot(labels, 3),
@@ -159,8 +170,9 @@ def softmax_slowly(z, T):
 
 
 def test_temperature_softmax_is_equation_6():
-    """In value, in the gradient of z and in that of log T, which is T d/dT (N12)."""
-    z0, results = torch.randn(5, dtype=torch.float64), []
+    """In value, in the gradient of z, and in the gradient of log T (N11)."""
+    z0 = torch.randn(5, dtype=torch.float64)
+    results = []
     layer = dupsampling.Temperature().double()
     assert torch.equal(layer(z0), z0), "T starts at 1 (Sec. 4)"
     log_T = torch.tensor(-1.2, dtype=torch.float64, requires_grad=True)
@@ -177,8 +189,9 @@ def test_temperature_softmax_is_equation_6():
 
 
 def test_a_lower_temperature_sharpens():
-    """One number does what the network else needs a larger F for (Sec. 3.2)."""
-    z, layer = torch.tensor([0.0, 1.0]), dupsampling.Temperature()
+    """Logits 0 and 1 are too even at T = 1; a small T makes them certain (Sec. 3.2)."""
+    z = torch.tensor([0.0, 1.0])
+    layer = dupsampling.Temperature()
     even = layer(z).softmax(0)
     with torch.no_grad():
         layer.log_T.fill_(math.log(0.2))
@@ -186,16 +199,16 @@ def test_a_lower_temperature_sharpens():
 
 
 def test_the_layer_draws_adds_the_mean_and_divides_by_t():
-    """DUpsample is W x, plus the mean window in every window if asked (N2), over T."""
+    """DUpsample is W x, plus the mean in every window if asked (N2), divided by T."""
     x = torch.randn(2, 5, 2, 3)
     for mean in (False, True):
-        layer = dupsampling.DUpsample(5, 3, 4, learn=False, mean=mean,
-                                      temperature=True)
+        layer = dupsampling.DUpsample(components=5, num_classes=3, ratio=4,
+                                      learn=False, mean=mean, temperature=True)
         with torch.no_grad():
             layer.temperature.log_T.fill_(math.log(0.5))
             layer.mean.normal_()
         drawn = decompress_slowly(x, layer.W, 4)
-        for row in range(2 * mean):
+        for row in range(2 if mean else 0):
             for column in range(3):
                 drawn[..., row * 4:row * 4 + 4, column * 4:column * 4 + 4] += (
                     layer.mean.view(3, 4, 4))
@@ -206,6 +219,7 @@ def test_the_layer_draws_adds_the_mean_and_divides_by_t():
 
 
 def prepared(variant="no-fusion", **options):
+    """A small model with a W from drawn labels, and what `prepare` says of it."""
     model = common.build_model(f"dupsampling:{variant}", 3, **SMALL, components=12,
                                **options)
     line = dupsampling.prepare(model, small_labels(6, size=(64, 96)))
@@ -213,7 +227,7 @@ def prepared(variant="no-fusion", **options):
 
 
 def test_prepare_fits_w_and_a_checkpoint_carries_it():
-    """W is in the state dict, so evaluation needs no labels."""
+    """W and the mean are in the state dict, so evaluation needs no training labels."""
     model, line = prepared(mean=True)
     assert "labels' variance" in line and model.decoder.dupsample.fitted
     other = common.build_model("dupsampling:no-fusion", 3, **SMALL, components=12,
@@ -238,6 +252,7 @@ def test_w_is_frozen_unless_asked():
 
 
 def test_training_with_a_random_w_is_said():
+    """A model that was never prepared warns when it is trained; a prepared one not."""
     model = common.build_model("dupsampling", 3, **SMALL)
     with pytest.warns(UserWarning, match="W is random"):
         model(torch.randn(2, 3, 64, 64))
@@ -257,7 +272,9 @@ def test_new_layers_start_with_the_papers_gaussian():
 
 def test_features_are_fused_on_the_coarse_map_in_the_given_order():
     """Eq. (8): stage by stage, each downsampled to res5's size before it is seen."""
-    model, seen = prepared("default", fuse=("stem", "res4"))[0].eval(), []
+    model, _ = prepared("default", fuse=("stem", "res4"))
+    model.eval()
+    seen = []
     for fusion in model.decoder.fusions:
         fusion.reduce.register_forward_hook(lambda m, x, y: seen.append(
             (x[0].shape[1], tuple(y.shape[-2:]))))
@@ -271,18 +288,54 @@ def test_downsampling_keeps_the_grid():
     Squeezing a map of 33 positions into 5 cells of 8 instead shifts the ramp.
     """
     ramp = torch.arange(33.0).expand(1, 1, 33, 33)
-    small = common.downsample(ramp, 8, (5, 5))[0, 0, 0]
+    small = dupsampling.downsample(ramp, 8, (5, 5))[0, 0, 0]
     torch.testing.assert_close(small[:4], torch.arange(4) * 8 + 3.5)
 
 
-def test_regression_loss_is_equation_4():
-    """||F - Y~||^2 per number: zero where the network says the compressed labels."""
-    model, _ = prepared()
-    images, labels = torch.randn(2, 3, 64, 96), torch.stack(
-        small_labels(2, size=(64, 96)))
+@pytest.mark.parametrize("rows", [(0, 65), (0, 16), (15, 17), (20, 30), (48, 65)])
+def test_rows_are_drawn_from_their_own_windows(rows):
+    """Eq. (5): rows lo to hi-1 need only the windows that they pass through.
+
+    What the other windows say is replaced by NaN. It must not reach these rows, and
+    they must be those of the whole picture.
+    """
+    model, _ = prepared(mean=True)
+    lo, hi = rows
+    said = torch.randn(2, 12, 5, 7)
+    with torch.no_grad():
+        whole = model.to_pixels(said, (65, 97))
+        assert whole.shape == (2, 3, 65, 97)
+        said[:, :, :lo // 16] = math.nan
+        said[:, :, math.ceil(hi / 16):] = math.nan
+        part = model.to_pixels(said, (65, 97), rows)
+        torch.testing.assert_close(part, whole[:, :, lo:hi])
+
+
+def test_decoder_says_compressed_labels_and_to_pixels_draws_them():
+    """F has E numbers per window; drawn and cut it is what the whole model gives."""
+    model, _ = prepared("default")
     model.eval()
-    last, features = model.decoder.dupsample, model.encoder(images)
-    said = model.decoder.compressed(model.context(features["res5"]), features)
+    images = torch.randn(2, 3, 65, 97)
+    with torch.no_grad():
+        features = model.encoder(images)
+        said = model.decoder(model.context(features["res5"]), features)
+        assert said.shape == (2, 12, 5, 7)
+        torch.testing.assert_close(model.decode(images)[0], said)
+        drawn = model.decoder.dupsample(said)[..., :65, :97]
+        torch.testing.assert_close(model(images)["out"], drawn)
+
+
+def test_regression_loss_is_equation_4():
+    """||F - Y~||^2 per number, and its gradient reaches the encoder.
+
+    A variant without W has no compressed labels to regress, and says so.
+    """
+    model, _ = prepared()
+    model.eval()
+    images = torch.randn(2, 3, 64, 96)
+    labels = torch.stack(small_labels(2, size=(64, 96)))
+    last = model.decoder.dupsample
+    said, _ = model.decode(images)
     target = dupsampling.compress(labels, last.W, last.mean, num_classes=3, ratio=16)
     by_hand = (said - target).square().sum() / target.numel()
     loss = dupsampling.pretrain_loss(model, images, labels)
@@ -297,56 +350,120 @@ def test_regression_loss_is_equation_4():
 @pytest.mark.parametrize("stride", [16, 32])
 @pytest.mark.parametrize("spec", ["dupsampling:no-fusion", "dupsampling:bilinear"])
 def test_upper_bound_reads_the_labels(spec, stride):
-    """Table 1, mIoU*: --backbone labels sees one-hot truth, ignored pixels are zero."""
+    """Table 1, mIoU*: with --backbone labels the input is the one-hot ground truth.
+
+    Five convolutions bring it to the output stride; the decoder draws it again.
+    """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # W is random
         model = common.build_model(spec, 3, backbone="labels", channels=16,
                                    output_stride=stride)
         labels = torch.randint(3, (2, 65, 97))
         labels[:, :5] = 255
-        inputs = common.network_input(model, torch.zeros(2, 3, 65, 97), labels)
-        assert inputs.shape == (2, 3, 65, 97) and inputs[:, :, :5].sum() == 0
-        assert torch.equal(inputs[:, :, 5:].argmax(1), labels[:, 5:])
+        inputs = common.one_hot(labels, 3)
+        assert inputs[:, :, :5].sum() == 0, "ignored pixels are zero in every class"
         assert model(inputs)["out"].shape == (2, 3, 65, 97)
         assert len(model.encoder.layers) == 5
         features = model.encoder(inputs)["res5"]
-        assert features.shape[-2:] == (-(-65 // stride), -(-97 // stride))
+        assert features.shape[-2:] == (math.ceil(65 / stride), math.ceil(97 / stride))
+
+
+def test_upper_bound_without_a_context_module():
+    """N13: `aspp=False` puts the upsampling right on the five convolutions."""
+    for variant in ("no-fusion", "bilinear"):
+        model = common.build_model(f"dupsampling:{variant}", 3, backbone="labels",
+                                   aspp=False)
+        assert not list(model.context.parameters())
+        weights = [layer.weight for layer in model.modules()
+                   if isinstance(layer, torch.nn.Conv2d)]
+        assert len(weights) == 5 + 1, "five, and the one that says the numbers"
+        for weight in weights:
+            assert weight.std().item() == pytest.approx(0.1, rel=0.2), "N8"
+    learner = common.build_model("dupsampling:no-fusion", 3, backbone="labels",
+                                 init="torch")
+    assert learner.encoder.layers[-1][0].weight.std() < 0.02
 
 
 def test_a_decoder_that_reads_more_than_res5_refuses_the_labels():
+    """A finer map of the ground truth would give the answer away."""
     for spec in ("nrd", "dupsampling", "deeplabv3plus", "sfnet", "efficientfcn"):
-        with pytest.raises(common.UserError, match="only res5"):
+        with pytest.raises(common.UserError, match="reads res5 alone"):
             common.build_model(spec, 3, backbone="labels")
 
 
-def test_label_maps_are_the_same_whether_kept_or_read_again():
-    """The stream that PCA passes over: in order, each time, whatever fits in memory."""
+def test_label_maps_are_read_again_in_every_pass():
+    """The stream that the PCA passes over: all maps in order, each time."""
     streets = data.open_dataset("streets", "val", difficulty=0.5)
-    some, reads = torch.utils.data.Subset(streets, range(3)), []
-    some.labels = lambda i: reads.append(i) or streets.labels(i)
-    for limit, again in ((0, [0, 1, 2]), (128 * 256, [1, 2]), (2**20, [])):
-        maps = data.LabelMaps(some, 0, limit=limit)
-        for expected in ([0, 1, 2], again):
-            reads.clear()
-            read = list(maps)
-            assert len(read) == len(maps) == 3 and reads == expected
-            assert all(torch.equal(a, streets.labels(i)) for i, a in enumerate(read))
+    some = torch.utils.data.Subset(streets, range(3))
+    some.labels = streets.labels
+    maps = data.LabelMaps(some, 0)
+    for _ in range(2):
+        read = list(maps)
+        assert len(read) == len(maps) == 3
+        assert all(torch.equal(a, streets.labels(i)) for i, a in enumerate(read))
+
+
+# --- Recipes -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe, place, stated", [
+    ("voc", "Sec. 4", {"lr": 0.007, "iterations": 30_000, "batch": 48,
+                       "weight_decay": 1e-4, "backbone": "resnet50",
+                       "weights": "imagenet", "scale": (0.5, 2.0),
+                       "photometric": False}),
+    ("voc:xception65", "Sec. 4", {"lr": 0.007, "iterations": 30_000, "batch": 32,
+                                  "weight_decay": 4e-5, "backbone": "xception65"}),
+    ("voc:labels", "Sec. 4.1.1", {"lr": 0.07, "iterations": 100_000, "weights": "none",
+                                  "backbone": "labels"}),
+    ("voc:labels", "Sec. 4", {"batch": 48, "weight_decay": 1e-4}),
+    ("cityscapes:xception71", "Sec. 4.1.3", {"lr": 0.01, "iterations": 90_000,
+                                             "backbone": "xception71"}),
+    ("cityscapes:xception71", "Sec. 4", {"batch": 32, "weight_decay": 4e-5}),
+    ("cityscapes", "Sec. 4.1.3", {"lr": 0.01, "iterations": 90_000}),
+    ("cityscapes", "Sec. 4", {"batch": 48, "weight_decay": 1e-4}),
+    ("context60:xception71", "Sec. 4", {"batch": 32, "weight_decay": 4e-5})])
+def test_recipes_are_what_the_paper_states(recipe, place, stated):
+    """Sec. 4 and its parts: each value, and a source that says where it is (N12)."""
+    for name, value in stated.items():
+        is_value, source = dupsampling.RECIPES[recipe][name]
+        assert is_value == value, name
+        assert source.startswith(f"paper, {place}"), f"{name}: {source}"
+
+
+@pytest.mark.parametrize("recipe, names", [
+    ("cityscapes", ["backbone"]), ("context60", ["backbone", "lr", "iterations"]),
+    ("context60:xception65", ["lr", "iterations"])])
+def test_what_the_paper_does_not_state_is_marked_ours(recipe, names):
+    """No ResNet on Cityscapes or Context, and no schedule for Context (N12)."""
+    for name in names:
+        assert dupsampling.RECIPES[recipe][name][1].startswith("ours"), name
 
 
 # --- Costs ---------------------------------------------------------------------------
 
 
 def test_flops_of_the_upsampling_alone():
-    """Table 2, N/A: (256*64 + 64*5376 + 5376) * 33*33 multiply-adds, twice: 0.80 G."""
-    cost = evaluate.count_cost("dupsampling:no-fusion", 21, (513, 513), rule="2x",
-                               backbone="resnet50c")["decoder"]
-    by_hand = 256 * 64 + 64 * 5376 + 5376
-    assert cost["by_rule"] * 1e9 == pytest.approx(2 * by_hand * 33 * 33)
-    assert cost["gmacs"] * 1e9 == pytest.approx((by_hand - 5376) * 33 * 33)
+    """Table 2, N/A: 0.80 billion FLOPs, by hand and by the counter (N9).
+
+    33x33 windows; per window 256*64 products for F, 64*5376 for W, and a division by T
+    for each of the 5376 = 21*16*16 logits. A product is two FLOPs.
+    """
+    model, image = common.shapes_only("dupsampling:no-fusion", 21, (513, 513),
+                                      backbone="resnet50c")
+    products = (256 * 64 + 64 * 5376) * 33 * 33
+    divisions = 5376 * 33 * 33
+    plain = common.count_cost(model, image)["decoder"]["gmacs"]
+    assert plain * 1e9 == pytest.approx(products)
+    with_T = common.count_cost(model, image, divisions=True)["decoder"]["gmacs"]
+    assert with_T * 1e9 == pytest.approx(products + divisions)
+    assert round(2 * with_T, 2) == 0.80
 
 
-def test_shapes_of_xception_are_for_counting_only():
-    model = common.build_model("dupsampling:no-fusion", 3, backbone="xception65",
-                               channels=16)
+@pytest.mark.parametrize("backbone", ["xception65", "xception71"])
+def test_shapes_of_xception_are_for_counting_only(backbone):
+    """It has no weights, so on real images it refuses instead of giving nonsense."""
     with pytest.raises(common.UserError, match="for cost"):
-        model.eval()(torch.randn(1, 3, 64, 64))
+        common.build_model("dupsampling:no-fusion", 3, backbone=backbone, channels=16)
+    model, image = common.shapes_only("dupsampling:fuse-res4", 3, (65, 97),
+                                      backbone=backbone, channels=16)
+    assert model(image)["out"].shape == (1, 3, 65, 97)

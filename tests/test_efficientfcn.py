@@ -1,10 +1,10 @@
 """What EfficientFCN's paper claims about codewords and their assembly, as tests."""
 import pytest
 import torch
+import torch.nn.functional as F
 
 import common
 import efficientfcn
-import evaluate
 from conftest import SMALL
 
 
@@ -72,7 +72,8 @@ def test_codewords_have_no_spatial_order():
 
     Shuffling one of the two changes it: the codebook does look at the places.
     """
-    maps, base = torch.rand(1, 4, 3, 5), torch.randn(1, 6, 3, 5)
+    maps = torch.rand(1, 4, 3, 5)
+    base = torch.randn(1, 6, 3, 5)
     order = torch.randperm(15)
     shuffle = lambda x: x.flatten(2)[..., order].reshape(x.shape)
     words = efficientfcn.codebook(maps, base)
@@ -83,8 +84,8 @@ def test_codewords_have_no_spatial_order():
 
 def test_assembly_is_linear_in_the_codebook():
     """Eq. (3): what two codebooks give together is the sum of what each one gives."""
-    weights, one, two = torch.rand(1, 4, 3, 5), torch.randn(1, 6, 4), torch.randn(
-        1, 6, 4)
+    weights = torch.rand(1, 4, 3, 5)
+    one, two = torch.randn(2, 1, 6, 4)
     torch.testing.assert_close(
         efficientfcn.assemble(weights, 2 * one + two),
         2 * efficientfcn.assemble(weights, one) + efficientfcn.assemble(weights, two))
@@ -111,6 +112,7 @@ def small_decoder(**options):
 
 
 def run_steps(decoder, features):
+    """All tensors of Sec. 3.2 by name, for maps instead of an image."""
     with torch.no_grad():
         return decoder.steps(features["res5"], features)
 
@@ -178,7 +180,7 @@ def test_a_constant_on_a_weighting_map_is_cancelled():
     ("guidance-8", 48, 16), ("guidance-8-16", 48, 32),
     ("official", 128 + 32, 128 + 32)])
 def test_scales_of_the_ablations(variant, codebook, guidance):
-    """Tables 2 and 3: m32 and m8 are as wide as the scales in them (16 each here).
+    """Tables 2 and 3: m32 and m8 hold the scales that are named, 16 channels of each.
 
     In `official` the res3 of ResNet-18 enters as it is, with 128 channels (N3).
     """
@@ -189,7 +191,11 @@ def test_scales_of_the_ablations(variant, codebook, guidance):
 
 
 def test_each_branch_reads_its_own_scales():
-    """Codebook from {32}: res3 does not reach it. Guidance from {8}: nor does res5."""
+    """Tables 2 and 3: which stage has a say in what.
+
+    With the codebook from {32}, res3 does not reach the codewords. With the guidance
+    from {8}, res5 does not reach G, but it reaches W through the mean of the base map.
+    """
     decoder, features = small_decoder(codebook_scales=("res5",),
                                       guidance_scales=("res3",))
     before = run_steps(decoder, features)
@@ -252,10 +258,285 @@ def test_codewords_are_computed_in_full_precision():
     ({"codebook_scales": ("res2",)}, "codebook_scales"),
     ({"guidance_scales": "res3"}, "guidance_scales"),
     ({"decoder": "unet"}, "must be one of hgd, fcn"),
+    ({"grid": "corner"}, "must be one of exact, corners"),
     ({"output_stride": 8}, "only decoder='fcn' is dilated")])
 def test_wrong_options_are_named(options, sentence):
+    """The message has the option's name or the values that it may have."""
     with pytest.raises(common.UserError, match=sentence):
         common.build_model("efficientfcn", 3, **SMALL, **options)
+
+
+# --- The official code ---------------------------------------------------------------
+
+
+def unit(in_channels, out_channels):
+    """1x1, batch norm, ReLU: what the code's decoder is made of (N4)."""
+    return [torch.nn.Conv2d(in_channels, out_channels, 1, bias=False),
+            torch.nn.BatchNorm2d(out_channels), torch.nn.ReLU()]
+
+
+class OfficialDecoder(torch.nn.Module):
+    """The code's decoder, with the code's names, as its structure is known (N2 to N9).
+
+    The codebook and the assembly are written with einsum, in letters: b image, d number
+    of a codeword, i codeword, y x place at 1/8, p q place at 1/32.
+    """
+
+    def __init__(self, codewords, classes, widths=(512, 1024, 2048)):
+        super().__init__()
+        n = codewords
+        fused = widths[0] + 2 * 512  # res3 enters as it is (N3)
+        module = torch.nn.Module()
+        module.conv_cat = torch.nn.Sequential(*unit(fused, 1024))
+        module.conv_center = torch.nn.Sequential(*unit(fused, n), *unit(n, n)[:2])
+        module.conv_affinity0 = torch.nn.Sequential(*unit(fused, 1024))
+        module.conv_affinity1 = torch.nn.Sequential(*unit(1024, n), *unit(n, n))
+        module.conv_up = torch.nn.Sequential(*unit(2048, 1024))
+        self.hgdmodule0 = module
+        self.conv50 = torch.nn.Sequential(*unit(widths[2], 512))
+        self.conv40 = torch.nn.Sequential(*unit(widths[1], 512))
+        self.conv_pred3 = torch.nn.Sequential(torch.nn.Dropout2d(0.1),
+                                              torch.nn.Conv2d(1024, classes, 1))
+
+    def forward(self, res3, res4, res5):
+        e32, e16 = self.conv50(res5), self.conv40(res4)
+        resize = lambda x, like: F.interpolate(x, like.shape[2:], mode="bilinear",
+                                               align_corners=True)
+        m32 = torch.cat([resize(res3, e32), resize(e16, e32), e32], dim=1)
+        m8 = torch.cat([res3, resize(e16, res3), resize(e32, res3)], dim=1)
+        part = self.hgdmodule0
+        base = part.conv_cat(m32)
+        scores = part.conv_center(m32).exp()
+        share = scores / scores.sum((2, 3), keepdim=True)
+        words = torch.einsum("bipq,bdpq->bdi", share, base)
+        guidance = part.conv_affinity0(m8)
+        weights = part.conv_affinity1(guidance + base.mean((2, 3), keepdim=True))
+        mixed = torch.einsum("bdi,biyx->bdyx", words, weights) / weights.shape[1]**0.5
+        return self.conv_pred3(part.conv_up(torch.cat([mixed, guidance], dim=1)))
+
+
+def official_stages(state, image, blocks):
+    """The code's ResNet in eval mode, from a state dict with the code's names.
+
+    Stem of three 3x3; bottlenecks; shortcuts that average before their 1x1 (N11).
+    """
+    def conv(x, name, stride=1):
+        weight = state[f"pretrained.{name}.weight"]
+        return F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2)
+
+    def norm(x, name):
+        weight, bias, mean, var = (state[f"pretrained.{name}.{key}"] for key in (
+            "weight", "bias", "running_mean", "running_var"))
+        column = lambda v: v[:, None, None]
+        return (x - column(mean)) / column(var + 1e-5).sqrt() * column(weight) + (
+            column(bias))
+
+    x = norm(conv(image, "conv1.0", 2), "conv1.1").relu()
+    x = norm(conv(x, "conv1.3"), "conv1.4").relu()
+    x = norm(conv(x, "conv1.6"), "bn1").relu()
+    x = F.max_pool2d(x, 3, 2, 1)
+    maps = []
+    for layer, count in enumerate(blocks, start=1):
+        for block in range(count):
+            at = f"layer{layer}.{block}"
+            stride = 2 if layer > 1 and block == 0 else 1
+            y = norm(conv(x, f"{at}.conv1"), f"{at}.bn1").relu()
+            y = norm(conv(y, f"{at}.conv2", stride), f"{at}.bn2").relu()
+            y = norm(conv(y, f"{at}.conv3"), f"{at}.bn3")
+            if block == 0:
+                x = F.avg_pool2d(x, stride, ceil_mode=True, count_include_pad=False)
+                x = norm(conv(x, f"{at}.downsample.1"), f"{at}.downsample.2")
+            x = (x + y).relu()
+        maps.append(x)
+    return maps
+
+
+def official_encoder_state(blocks=(3, 4, 6, 3)):
+    """Random tensors under the code's names, in the shapes of its deep-stem ResNet."""
+    state = {}
+
+    def conv(name, out_channels, in_channels, kernel):
+        fan = in_channels * kernel**2
+        state[f"pretrained.{name}.weight"] = torch.randn(
+            out_channels, in_channels, kernel, kernel, dtype=torch.float64) / fan**0.5
+
+    def norm(name, channels):
+        for key in ("weight", "bias", "running_mean", "running_var"):
+            state[f"pretrained.{name}.{key}"] = torch.rand(
+                channels, dtype=torch.float64) + 0.5 * key.endswith(("weight", "var"))
+
+    for i, (a, b) in enumerate(((3, 32), (32, 32), (32, 64))):
+        conv(f"conv1.{3 * i}", b, a, 3)
+        norm("bn1" if i == 2 else f"conv1.{3 * i + 1}", b)
+    before = 64
+    for layer, count in enumerate(blocks, start=1):
+        width = 32 * 2**layer
+        for block in range(count):
+            at = f"layer{layer}.{block}"
+            shapes = ((width, before, 1), (width, width, 3), (4 * width, width, 1))
+            for i, shape in enumerate(shapes, start=1):
+                conv(f"{at}.conv{i}", *shape)
+                norm(f"{at}.bn{i}", shape[0])
+            if block == 0:
+                conv(f"{at}.downsample.1", 4 * width, before, 1)
+                norm(f"{at}.downsample.2", 4 * width)
+            before = 4 * width
+    state["pretrained.fc.weight"] = torch.zeros(1000, before)
+    state["pretrained.fc.bias"] = torch.zeros(1000)
+    return state
+
+
+@pytest.fixture
+def in_float64(monkeypatch):
+    """Call it, and steps to float32 stay in float64, so that 1e-10 can be asked."""
+    return lambda: monkeypatch.setattr(torch.Tensor, "float", lambda x: x)
+
+
+def official_decoder(widths):
+    """The code's decoder in float64, whose batch norms are not the identity."""
+    torch.manual_seed(3)
+    head = OfficialDecoder(11, 5, widths).double()
+    for layer in head.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            for tensor in (layer.weight, layer.bias, layer.running_mean):
+                torch.nn.init.uniform_(tensor, -1, 1)
+            torch.nn.init.uniform_(layer.running_var, 0.5, 2)
+    return head
+
+
+@pytest.fixture(scope="module")
+def official():
+    """The code's tensors as they are saved, its decoder, and our model of the two."""
+    head = official_decoder((512, 1024, 2048))
+    state = official_encoder_state()
+    state |= {f"head.{name}": value for name, value in head.state_dict().items()}
+    saved = {f"module.model.{name}": value for name, value in state.items()}
+    model = common.build_model("efficientfcn:official", 5, backbone="resnet50c",
+                               codewords=11, pooled_shortcuts=True).double()
+    model.load_state_dict(efficientfcn.convert(saved, model))
+    return state, head, model.eval()
+
+
+@pytest.mark.parametrize("size", [(64, 96), (65, 97)])
+def test_official_network_is_the_code_with_its_weights(size, official, in_float64):
+    """Stage by stage, and the pixels' logits, in eval mode; 64 is not 32 k + 1 (N7)."""
+    state, head, model = official
+    in_float64()
+    image = torch.randn(1, 3, *size, dtype=torch.float64)
+    with torch.no_grad():
+        maps = official_stages(state, image, (3, 4, 6, 3))
+        ours = model.encoder(image)
+        for stage, theirs in zip(("res2", "res3", "res4", "res5"), maps):
+            torch.testing.assert_close(ours[stage], theirs, rtol=1e-10, atol=1e-10)
+        logits = head.eval()(*maps[1:])
+        torch.testing.assert_close(model.decode(image)[0], logits, rtol=1e-10,
+                                   atol=1e-10)
+        if size[0] % 8 == 0:  # the code squeezes the rest; it never meets a rest
+            pixels = F.interpolate(logits, size, mode="bilinear", align_corners=False)
+            torch.testing.assert_close(model(image)["out"], pixels, rtol=1e-10,
+                                       atol=1e-10)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_official_decoder_has_the_codes_gradients(training, in_float64):
+    """Outputs, gradients of every weight and input, and running statistics."""
+    widths = (128, 256, 512)
+    head = official_decoder(widths)
+    decoder = common.build_model("efficientfcn:official", 5, backbone="resnet18",
+                                 codewords=11).decoder.double()
+    ours_of = lambda name: efficientfcn.own_name(f"head.{name}").removeprefix(
+        "decoder.")
+    decoder.load_state_dict({ours_of(name): x for name, x in head.state_dict().items()})
+    in_float64()
+    head.conv_pred3[0].p = decoder.classify[0].p = 0.0  # the one source of chance
+    results = []
+    for module in (head, decoder):
+        module.train(training)
+        torch.manual_seed(1)
+        maps = [torch.randn(2, c, k * 4, k * 3, dtype=torch.float64, requires_grad=True)
+                for c, k in zip(widths, (4, 2, 1))]
+        if module is head:
+            logits = module(*maps)
+        else:
+            logits, _ = module(maps[2], dict(zip(("res3", "res4", "res5"), maps)))
+        (logits * torch.randn_like(logits)).sum().backward()
+        results.append([logits.detach(), *(x.grad for x in maps)])
+    for ours, theirs in zip(*reversed(results)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    named = dict(decoder.named_parameters()) | dict(decoder.named_buffers())
+    for name, theirs in (*head.named_parameters(), *head.named_buffers()):
+        ours = named[ours_of(name)]
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10, msg=name)
+        if theirs.requires_grad:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-10,
+                                       msg=f"gradient of {name}")
+
+
+def test_the_two_grids_differ_where_the_note_says():
+    """N7: equal at 32 k + 1 pixels, different at 64; `default` keeps the exact grid."""
+    for size, equal in (((65, 97), True), ((64, 96), False)):
+        outputs = []
+        for grid in ("exact", "corners"):
+            torch.manual_seed(0)
+            model = common.build_model("efficientfcn", 3, **SMALL, grid=grid).eval()
+            with torch.no_grad():
+                outputs.append(model(torch.ones(1, 3, *size).cumsum(3))["out"])
+        assert torch.allclose(*outputs, rtol=1e-4, atol=1e-5) == equal, size
+    assert common.build_model("efficientfcn", 3, **SMALL).decoder.grid == "exact"
+
+
+def test_corners_are_laid_on_corners():
+    """A ramp of 16 rows on 64: row i at 63/15 i, the last row on the last."""
+    ramp = torch.arange(16.0).reshape(1, 1, 16, 1).expand(-1, -1, -1, 16)
+    fine = efficientfcn.to_corners(ramp, (64, 64))[0, 0, :, 0]
+    torch.testing.assert_close(fine, torch.arange(64) * 15 / 63)
+    exact = efficientfcn.to_grid(ramp, 4, (64, 64))[0, 0, :, 0]
+    torch.testing.assert_close(exact, (torch.arange(64) / 4).clamp(max=15))
+
+
+def test_convert_refuses_what_does_not_fit(official):
+    """Another grid or shortcut, other shapes, and names that no part has."""
+    state, _, model = official
+    plain = common.build_model("efficientfcn:official", 5, backbone="resnet50c",
+                               codewords=11)
+    with pytest.raises(common.UserError, match="pooled_shortcuts=True"):
+        efficientfcn.convert(state, plain)
+    with pytest.raises(common.UserError, match="1 tensors have no place .*odd.weight"):
+        efficientfcn.convert(state | {"odd.weight": torch.zeros(1)}, model)
+    with pytest.raises(common.UserError, match="conv_pred3.1.weight"):
+        efficientfcn.convert(
+            state | {"head.conv_pred3.1.weight": torch.zeros(6, 1024, 1, 1)}, model)
+    fewer = {name: x for name, x in state.items() if name != "pretrained.bn1.bias"}
+    with pytest.raises(common.UserError, match="no encoder.stem.1.bias"):
+        efficientfcn.convert(fewer, model)
+    with pytest.raises(common.UserError, match="only a ResNet"):
+        common.build_model("efficientfcn", 3, backbone="shufflenet_v2_x1_5",
+                           pooled_shortcuts=True)
+
+
+# --- Recipes -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dataset, lr, epochs, crop", [
+    ("context60", 0.001, 120, 512), ("context59", 0.001, 120, 512),
+    ("voc", 0.002, 80, 512), ("ade20k", 0.002, 120, 576)])
+def test_recipes_are_those_of_section_4_1(dataset, lr, epochs, crop):
+    """What the paper states is in the recipe, and its source says so (N12).
+
+    What the paper does not state, the batch and the decoder's rate, is the code's.
+    """
+    stated = {"lr": lr, "epochs": epochs, "crop": (crop, crop), "power": 0.9,
+              "momentum": 0.9, "weight_decay": 1e-4, "scale": (0.5, 2.0),
+              "photometric": False, "weights": "imagenet", "backbone": "resnet101"}
+    recipe = efficientfcn.RECIPES[dataset]
+    for name, value in stated.items():
+        assert recipe[name][0] == value, name
+        assert recipe[name][1].startswith("paper, Sec. 4.1"), name
+    code = {"batch": 32 if dataset == "ade20k" else 16, "head_lr": 10.0,
+            "base_size": (0, 0)}
+    for name, value in code.items():
+        assert recipe[name][0] == value, name
+        assert recipe[name][1].startswith("official code"), name
 
 
 # --- Costs ---------------------------------------------------------------------------
@@ -286,7 +567,10 @@ def test_official_decoder_has_the_released_size(codewords, classes, count):
 
 
 def test_default_decoder_has_the_size_a_hand_counts():
-    """The text: three compressions, B, A, G, W, classifier; BN has two per channel."""
+    """The text: e8, e16, e32, then B and G, A, W, classifier.
+
+    A 1x1 has in * out weights, and its batch norm two numbers per channel.
+    """
     with torch.device("meta"):
         model = common.build_model("efficientfcn", 60, backbone="resnet101c")
     unit = lambda i, o: i * o + 2 * o
@@ -300,8 +584,9 @@ def test_default_decoder_has_the_size_a_hand_counts():
     ("fcn32s", "resnet101c", 44.423), ("dilated-fcn8s", "resnet101s", 223.108)])
 def test_multiply_adds_at_512(spec, backbone, gmacs):
     """All products, those of Eqs. (2) and (3) too, which the paper's counter misses."""
-    cost = evaluate.count_cost(f"efficientfcn:{spec}", 60, (512, 512),
-                               backbone=backbone)
+    model, image = common.shapes_only(f"efficientfcn:{spec}", 60, (512, 512),
+                                      backbone=backbone)
+    cost = common.count_cost(model, image)
     assert cost["total"]["gmacs"] == pytest.approx(gmacs, abs=5e-4)
 
 
@@ -311,7 +596,10 @@ def test_multiply_adds_at_512(spec, backbone, gmacs):
 @pytest.mark.parametrize("variant", ["unet-bilinear", "unet-deconv"])
 @pytest.mark.parametrize("H, W", [(33, 65), (65, 97), (100, 36)])
 def test_unet_lines_up_at_odd_sizes(variant, H, W):
-    """A map enlarged by two may be a row too long: it is cut, never squeezed."""
+    """A map enlarged by two may be a row or a column too long: it is cut, not squeezed.
+
+    Squeezed, every position would be beside its place.
+    """
     model = common.build_model(f"efficientfcn:{variant}", 3, **SMALL).eval()
     with torch.no_grad():
         features = model.encoder(torch.randn(1, 3, H, W))
@@ -329,7 +617,7 @@ def test_unet_lines_up_at_odd_sizes(variant, H, W):
 
 
 def test_only_unets_in_training_have_auxiliary_logits():
-    """N10: two heads, at 1/32 and 1/16."""
+    """N10: the U-Nets have two heads, at 1/32 and 1/16; EfficientFCN and FCN none."""
     images = torch.randn(2, 3, 64, 96)
     for variant in ("default", "fcn32s"):
         model = common.build_model(f"efficientfcn:{variant}", 3, **SMALL)
@@ -341,7 +629,7 @@ def test_only_unets_in_training_have_auxiliary_logits():
 
 
 def test_explain_shows_different_codewords_and_refuses_the_rivals():
-    """Fig. 3 shows maps that differ, the sharpest first; a U-Net has none."""
+    """Fig. 3 shows maps that differ, the sharpest first; a U-Net has no codewords."""
     maps = torch.full((5, 2, 2), 0.25)
     maps[3] = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
     maps[1] = torch.tensor([[0.1, 0.0], [0.0, 0.9]])

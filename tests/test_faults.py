@@ -1,6 +1,5 @@
 """What can go wrong in a run, provoked: each fault costs little and is named."""
 import copy
-import csv
 import math
 import multiprocessing
 import os
@@ -8,10 +7,9 @@ import re
 import shutil
 import signal
 import socket
+import sys
 import time
-import warnings
 from contextlib import contextmanager
-from functools import cache
 
 import pytest
 import torch
@@ -20,54 +18,14 @@ from torchvision.models.resnet import Bottleneck
 
 import data
 import train
-from common import UserError
-from conftest import THIN, TINY, child, draw_tree
-from evaluate import FORMAT, load_checkpoint
-from test_survival import assert_same, contents, launch, stop_after
+from common import FORMAT, UserError, load_checkpoint, methods
+from conftest import (FOUR_STEPS, TINY, assert_same, bytes_of, child, draw_tree, ended,
+                      launch, make_thin, rows_of, stop_after, train_ends)
 
-FAST = [*TINY, "--crop", "32", "64"]
-SHORT = [*FAST, "--iterations", "4", "--eval-every", "4"]
+MANY_STEPS = [*TINY, "--crop", "32", "64", "--iterations"]
 GET_MODEL = torchvision.models.get_model  # before it is made thin
 
-
-def hurry(patch):
-    """What `thin` does, and each street is drawn only once."""
-    for name, value in {**THIN, "data.draw_street": DRAWN}.items():
-        patch.setattr(name, value)
-
-
-DRAWN = cache(data.draw_street)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """More are slower for so small networks, and children have one, too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    hurry(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    """A run that was stopped after its second step of four, with all its files."""
-    folder = tmp_path_factory.mktemp("original") / "run"
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(train.Stopped):
-        hurry(patch)
-        stop_after(2, patch)
-        launch(*SHORT, "--eval-every", 1, "--out", folder)
-    return folder
-
-
-@pytest.fixture
-def stopped(original, tmp_path):
-    """A copy of that run to do anything with."""
-    return shutil.copytree(original, tmp_path / "stopped")
+pytestmark = pytest.mark.usefixtures("one_thread", "thin")
 
 
 @pytest.fixture
@@ -81,9 +39,9 @@ def steps(monkeypatch):
 
     def watched(run, *batch):
         before = state(run)
-        loss, *rest = step(run, *batch)
-        taken.append((before, state(run), loss))
-        return loss, *rest
+        losses, rate = step(run, *batch)
+        taken.append((before, state(run), losses["loss"]))
+        return losses, rate
     monkeypatch.setattr(train, "train_step", watched)
     return taken
 
@@ -114,25 +72,6 @@ def spoil(patch, bad, change=lambda total: total * math.inf):
     patch.setattr(train, "segmentation_loss", spoiled)
 
 
-def ended(capsys, code, *argv):
-    """train.py must end with this exit code, without a traceback; what it said."""
-    with pytest.raises(SystemExit) as stop:
-        train.main(list(map(str, argv)))
-    said = capsys.readouterr()
-    assert stop.value.code == code, f"exit code {stop.value.code}: {said.err}"
-    assert "Traceback" not in said.err
-    return said
-
-
-def bytes_of(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def rows_of(folder):
-    with open(folder / "log.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def assert_finite(state):
     broken = [name for name, x in state["model"].items() if not x.isfinite().all()]
     assert not broken, f"not finite: {broken}"
@@ -152,7 +91,6 @@ def pausing(argv, place, where):
     """train.main in a child: waits in step two until told to go on, or scores long."""
     patch, load = pytest.MonkeyPatch(), data.Streets.load
     os.setpgid(0, 0)
-    hurry(patch)
 
     def pause(run):
         (place / "here").touch()
@@ -166,7 +104,7 @@ def pausing(argv, place, where):
     if where == "step":
         at_step(patch, 2, pause)
     else:
-        patch.setattr("data.Streets.sizes", {"train": 6, "val": 500})
+        patch.setattr("data.Streets.sizes", {"train": 6, "val": 2000})
         patch.setattr("data.Streets.load", slowly)
     return train.main(argv)
 
@@ -174,7 +112,7 @@ def pausing(argv, place, where):
 @contextmanager
 def paused(place, where, *more):
     """A process that is training in place/run and has got there; its output: said."""
-    argv = [*SHORT, *map(str, more), "--out", str(place / "run")]
+    argv = [*FOUR_STEPS, *map(str, more), "--out", str(place / "run")]
     process = child(pausing, argv, place, where, output=str(place / "said"))
     try:
         until(lambda: (place / "here").exists() or process.exitcode is not None, where)
@@ -212,11 +150,9 @@ def test_a_signal_cuts_an_evaluation_short(tmp_path):
     """
     with paused(tmp_path, "evaluation", "--eval-every", 2) as process:
         os.kill(process.pid, signal.SIGTERM)
-        asked = time.monotonic()
-        process.join(20)
-        took = time.monotonic() - asked
+        process.join(20)  # all of it takes longer
     said = (tmp_path / "said").read_text()
-    assert process.exitcode == 143 and took < 5, f"{took:.1f} s: {said}"
+    assert process.exitcode == 143, f"still evaluating, or not stopped: {said}"
     assert "mIoU" not in said, "a number from a part of the images"
     assert load_checkpoint(tmp_path / "run/last.pt")["evaluated"] == 0
     launch("--resume", tmp_path / "run")
@@ -243,10 +179,10 @@ def test_one_folder_has_one_run(tmp_path, capsys):
     """Two runs in a folder would overwrite each other; a dead one's lock is no lock."""
     with paused(tmp_path, "step") as process:
         before = bytes_of(tmp_path / "run")
-        said = ended(capsys, 2, "--resume", tmp_path / "run")
+        said = train_ends(capsys, 2, "--resume", tmp_path / "run")
         assert "another process is training in" in said.err
-        said = ended(capsys, 2, *SHORT, "--out", tmp_path / "run")
-        assert "--resume" in said.err and "Traceback" not in said.err
+        said = train_ends(capsys, 2, *FOUR_STEPS, "--out", tmp_path / "run")
+        assert "--resume" in said.err
         assert bytes_of(tmp_path / "run") == before and process.exitcode is None
         os.kill(process.pid, signal.SIGKILL)
         process.join()
@@ -268,7 +204,7 @@ def test_one_folder_has_one_run(tmp_path, capsys):
 def test_resume_lists_what_has_changed(argv, changes, stopped, capsys):
     """A run that goes on with another recipe is neither of the two: it is refused."""
     before = bytes_of(stopped)
-    said = ended(capsys, 2, "--resume", stopped, *argv).err
+    said = train_ends(capsys, 2, "--resume", stopped, *argv).err
     for name, old, new in changes:
         line = rf"^ +{re.escape(name)} +{re.escape(old)} -> {re.escape(new)}$"
         assert re.search(line, said, re.M), f"{name} is not listed in: {said}"
@@ -277,7 +213,7 @@ def test_resume_lists_what_has_changed(argv, changes, stopped, capsys):
 
 def test_resume_wants_the_folder(stopped, capsys):
     """The file is the likeliest slip: the sentence holds the argument to pass."""
-    said = ended(capsys, 2, "--resume", stopped / "last.pt").err
+    said = train_ends(capsys, 2, "--resume", stopped / "last.pt").err
     assert said.strip().endswith(f"--resume {stopped}")
 
 
@@ -285,7 +221,7 @@ def test_a_finished_run_says_so(stopped, capsys):
     """Nothing is trained twice: a script that resumes blindly gets a sentence."""
     launch("--resume", stopped)
     before = bytes_of(stopped)
-    assert "is finished: 4 of 4 steps" in ended(capsys, 2, "--resume", stopped).err
+    assert "is finished: 4 of 4 steps" in train_ends(capsys, 2, "--resume", stopped).err
     assert bytes_of(stopped) == before
 
 
@@ -326,7 +262,7 @@ def dropped_and_missing(theirs, own):
 
 @pytest.mark.parametrize("method", ["nrd", "sfnet"])
 def test_finetuning_takes_over_what_fits_and_lists_the_rest(
-        method, original, tmp_path, monkeypatch, capsys):
+        method, stopped_original, tmp_path, monkeypatch, capsys):
     """From eleven classes to three: the encoder's weights arrive, to the last bit.
 
     A tensor that is dropped in silence is a run from scratch that nobody notices.
@@ -334,10 +270,10 @@ def test_finetuning_takes_over_what_fits_and_lists_the_rest(
     root, run = draw_tree(tmp_path / "data", "folder", images=4), tmp_path / "run"
     stop_after(1, monkeypatch)
     with pytest.raises(train.Stopped):
-        launch(*SHORT, "--method", method, "--dataset", "folder", "--data-root", root,
-               "--finetune-from", original, "--out", run)
+        launch(*FOUR_STEPS, "--method", method, "--dataset", "folder", "--data-root",
+               root, "--finetune-from", stopped_original, "--out", run)
     start = load_checkpoint(run / "prev.pt")
-    theirs, own = load_checkpoint(original)["model"], start["model"]
+    theirs, own = load_checkpoint(stopped_original)["model"], start["model"]
     dropped, missing = dropped_and_missing(theirs, own)
     said = capsys.readouterr().out
     assert start["iteration"] == 0 and len(start["classes"]) == 3
@@ -350,13 +286,14 @@ def test_finetuning_takes_over_what_fits_and_lists_the_rest(
 
 
 @pytest.mark.parametrize("backbone", ["labels", "resnet50"])
-def test_finetuning_from_another_backbone_is_refused(backbone, original, tmp_path,
-                                                     monkeypatch, capsys):
+def test_finetuning_from_another_backbone_is_refused(
+        backbone, stopped_original, tmp_path, monkeypatch, capsys):
     """Its weights are of no use, even if some tensors, as the first, have one shape."""
     monkeypatch.setattr("torchvision.models.resnet.BasicBlock", Bottleneck)
     stop_after(1, monkeypatch)
-    said = ended(capsys, 2, *SHORT, "--method", "nrd:bilinear", "--backbone", backbone,
-                 "--finetune-from", original, "--out", tmp_path / "run").err
+    said = train_ends(capsys, 2, *FOUR_STEPS, "--method", "nrd:bilinear", "--backbone",
+                      backbone, "--finetune-from", stopped_original, "--out",
+                      tmp_path / "run").err
     assert "--backbone" in said and not (tmp_path / "run").exists()
 
 
@@ -374,8 +311,8 @@ def test_foreign_and_damaged_checkpoints_are_refused(damage, sentence, how, stop
         state = torch.load(stopped / name, weights_only=True)
         damage(state)
         torch.save(state, stopped / name)
-    before, more = bytes_of(stopped), [*SHORT, "--out", tmp_path / "new"]
-    said = ended(capsys, 2, *(more if how != "--resume" else []), how, stopped).err
+    before, more = bytes_of(stopped), [*FOUR_STEPS, "--out", tmp_path / "new"]
+    said = train_ends(capsys, 2, *(more if how != "--resume" else []), how, stopped).err
     assert sentence in said and str(stopped) in said, said
     assert bytes_of(stopped) == before and not (tmp_path / "new").exists()
 
@@ -390,8 +327,8 @@ def test_a_killed_loader_process_ends_the_run_with_advice(tmp_path, monkeypatch,
         for process in multiprocessing.active_children():
             os.kill(process.pid, signal.SIGKILL)
     at_step(monkeypatch, 2, kill)
-    said = ended(capsys, 1, *FAST, "--iterations", 40, "--workers", 2, "--out",
-                 tmp_path / "run").err
+    said = train_ends(capsys, 1, *MANY_STEPS, 40, "--workers", 2, "--out",
+                      tmp_path / "run").err
     assert "loader process was killed" in said and "--workers" in said
     assert f"--resume {tmp_path}/run" in said
     assert load_checkpoint(tmp_path / "run/last.pt")["iteration"] == 0
@@ -409,31 +346,27 @@ def test_a_stuck_loader_process_ends_the_run_with_advice(tmp_path):
 
     The whole process is gone in seconds, or its job would hold its machine for longer.
     """
-    argv = [*SHORT, "--workers", "1", "--out", str(tmp_path / "run")]
-    process, started = child(stuck, argv, output=tmp_path / "said"), time.monotonic()
-    process.join(8)
-    took, code = time.monotonic() - started, process.exitcode
-    process.kill()
+    argv = [*FOUR_STEPS, "--workers", "1", "--out", str(tmp_path / "run")]
+    codes = ended([child(stuck, argv, output=tmp_path / "said")], seconds=30)
     said = (tmp_path / "said").read_text()
     assert "said nothing for 1 s" in said and "Try fewer --workers" in said
     assert f"--resume {tmp_path}/run" in said
-    assert code == 1, f"it has given its advice, but not ended after {took:.1f} s"
+    assert codes == [1], "it has given its advice, but not ended"
 
 
 # --- Numbers that are not finite -----------------------------------------------------
 
 
-@pytest.mark.parametrize("more", [[], ["--ohem", 1], ["--accumulate", 2]])
+@pytest.mark.parametrize("more", [[], ["--ohem", 0.5], ["--accumulate", 2]])
 def test_a_batch_without_a_valid_pixel_has_no_loss(more, tmp_path, monkeypatch, steps):
     """All void, as in a crop of the car's own bonnet: 0 / 0 would be NaN for ever."""
     load = data.Streets.load
 
     def void(streets, index):
         image, labels = load(streets, index)
-        return image, labels if streets.split == "val" else labels.fill_(255)
-    monkeypatch.setattr("data.draw_street", DRAWN.__wrapped__)
+        return image, labels if streets.split == "val" else torch.full_like(labels, 255)
     monkeypatch.setattr("data.Streets.load", void)
-    launch(*SHORT, *more, "--out", tmp_path)
+    launch(*FOUR_STEPS, *more, "--out", tmp_path)
     assert [loss for *_, loss in steps] == [0.0] * 4
     last = load_checkpoint(tmp_path / "last.pt")
     assert_finite(last)
@@ -466,7 +399,7 @@ def test_a_bad_step_leaves_no_trace(fault, parts, tmp_path, monkeypatch, steps, 
     A single NaN in a running mean, which no gradient reaches, would spoil every mIoU.
     """
     fault(monkeypatch)
-    launch(*SHORT, "--accumulate", parts, "--out", tmp_path)
+    launch(*FOUR_STEPS, "--accumulate", parts, "--out", tmp_path)
     changed = [any(not torch.equal(x, after["model"][name]) for name, x
                    in before["model"].items()) for before, after, _ in steps]
     assert_same(*steps[2][:2], "after the bad step")
@@ -498,8 +431,8 @@ def test_ten_bad_steps_in_a_row_end_the_run(fault, tmp_path, monkeypatch, steps,
     seen, load = [], data.Streets.load
     monkeypatch.setattr("data.Streets.load", lambda streets, index: (
         seen.append(streets.name(index)), load(streets, index))[1])
-    said = ended(capsys, 3, *FAST, "--iterations", 24, "--eval-every", 10, "--out",
-                 tmp_path).err
+    said = train_ends(capsys, 3, *MANY_STEPS, 24, "--eval-every", 10, "--out",
+                      tmp_path).err
     last, best = (load_checkpoint(tmp_path / name) for name in ("last.pt", "best.pt"))
     rate = train.learning_rate(19, last["recipe"], 24)
     assert "at iteration 20," in said and f"learning rate {rate:.3g};" in said
@@ -512,8 +445,8 @@ def test_ten_bad_steps_in_a_row_end_the_run(fault, tmp_path, monkeypatch, steps,
 def test_a_weight_that_is_not_finite_is_not_saved(tmp_path, monkeypatch, capsys):
     """Of the three files none may be lost to a run that is already broken."""
     break_a_weight(monkeypatch)
-    said = ended(capsys, 3, *FAST, "--iterations", 24, "--eval-every", 6, "--out",
-                 tmp_path).err
+    said = train_ends(capsys, 3, *MANY_STEPS, 24, "--eval-every", 6, "--out",
+                      tmp_path).err
     assert "encoder.stem.0.weight is not finite at iteration 12" in said
     for name, iteration in (("last.pt", 6), ("prev.pt", 0)):
         state = load_checkpoint(tmp_path / name)
@@ -524,7 +457,7 @@ def test_a_weight_that_is_not_finite_is_not_saved(tmp_path, monkeypatch, capsys)
 def test_a_good_step_starts_the_count_anew(tmp_path, monkeypatch, capsys):
     """Twice nine bad steps are no divergence, if one in between was good."""
     spoil(monkeypatch, {*range(2, 11), *range(12, 21)})
-    launch(*FAST, "--iterations", 22, "--eval-every", 22, "--out", tmp_path)
+    launch(*MANY_STEPS, 22, "--eval-every", 22, "--out", tmp_path)
     assert capsys.readouterr().out.count("skipped") == 18
     assert load_checkpoint(tmp_path)["bad_steps"] == 0
 
@@ -534,8 +467,8 @@ def test_the_count_of_bad_steps_survives_a_stop(tmp_path, monkeypatch, capsys):
     spoil(monkeypatch, range(2, 99))
     with monkeypatch.context() as patch, pytest.raises(train.Stopped):
         stop_after(6, patch)
-        launch(*FAST, "--iterations", 24, "--out", tmp_path)
-    assert "at iteration 11," in ended(capsys, 3, "--resume", tmp_path).err
+        launch(*MANY_STEPS, 24, "--out", tmp_path)
+    assert "at iteration 11," in train_ends(capsys, 3, "--resume", tmp_path).err
 
 
 def overflow(total):
@@ -546,8 +479,7 @@ def overflow(total):
 def test_fp16_that_always_overflows_ends_with_advice(tmp_path, monkeypatch, capsys):
     """The scale is halved until 1, and only then it counts: code 3 and a way out."""
     spoil(monkeypatch, range(99), overflow)
-    said = ended(capsys, 3, *FAST, "--iterations", 40, "--amp", "fp16", "--out",
-                 tmp_path)
+    said = train_ends(capsys, 3, *MANY_STEPS, 40, "--amp", "fp16", "--out", tmp_path)
     assert "--amp bf16" in said.err or "--amp off" in said.err
     assert said.out.count("overflow in fp16") == 16  # from 2**16 to 1
     assert "at iteration 26," in said.err, "halving counts, or is not done"
@@ -560,7 +492,7 @@ def test_one_overflow_in_fp16_is_nothing(tmp_path, monkeypatch, steps, capsys):
         run.scaler.state_dict() | {"scale": 256.0}))
     stop_after(3, monkeypatch)
     with pytest.raises(train.Stopped):
-        launch(*SHORT, "--amp", "fp16", "--out", tmp_path)
+        launch(*FOUR_STEPS, "--amp", "fp16", "--out", tmp_path)
     last = load_checkpoint(tmp_path / "last.pt")
     assert last["scaler"]["scale"] == 128 and last["bad_steps"] == 0
     assert_same(*steps[2][:2], "after the overflow")
@@ -570,11 +502,35 @@ def test_one_overflow_in_fp16_is_nothing(tmp_path, monkeypatch, steps, capsys):
 # --- The folder and the log ----------------------------------------------------------
 
 
+def test_only_the_runs_own_leftovers_are_removed(tmp_path, monkeypatch):
+    """--out may be any folder: what else lies in it, whatever its name, stays."""
+    own, foreign = ("last.tmp", "best.tmp", "log.tmp"), ("notes.tmp", "my last.tmp")
+    for name in (*own, *foreign):
+        (tmp_path / name).write_text("mine")
+    stop_after(1, monkeypatch)
+    with pytest.raises(train.Stopped):
+        launch(*FOUR_STEPS, "--out", tmp_path)
+    left = {path.name for path in tmp_path.glob("*.tmp")}
+    assert left == set(foreign), f"lost: {set(foreign) - left}; left: {left & set(own)}"
+
+
+@pytest.mark.parametrize("name", ["last.pt", "prev.pt", "best.pt"])
+def test_a_folder_with_any_checkpoint_holds_a_run(name, stopped, capsys):
+    """Somebody may have kept best.pt alone: a new run would overwrite it."""
+    for path in stopped.glob("*.pt"):
+        if path.name != name:
+            path.unlink()
+    before = bytes_of(stopped)
+    said = train_ends(capsys, 2, *FOUR_STEPS, "--out", stopped).err
+    assert "holds a run" in said and "another --out" in said
+    assert bytes_of(stopped) == before
+
+
 @pytest.mark.parametrize("below", ["", "run"])
 def test_out_at_or_below_a_file_is_a_mistake(below, tmp_path, capsys):
     """A mistyped --out is told before the first step, in a sentence."""
     (tmp_path / "file").write_text("mine")
-    said = ended(capsys, 2, *SHORT, "--out", tmp_path / "file" / below)
+    said = train_ends(capsys, 2, *FOUR_STEPS, "--out", tmp_path / "file" / below)
     assert f"cannot make the folder {tmp_path}/file" in said.err
     assert "loss" not in said.out and (tmp_path / "file").read_text() == "mine"
 
@@ -583,9 +539,20 @@ def test_a_folder_that_is_deleted_comes_back(tmp_path, monkeypatch):
     """Hours of training are still in memory: the next save makes the folder anew."""
     run = tmp_path / "run"
     at_step(monkeypatch, 2, lambda _: shutil.rmtree(run))
-    launch(*SHORT, "--save-every", 3, "--out", run)
+    launch(*FOUR_STEPS, "--save-every", 3, "--out", run)
     assert load_checkpoint(run / "last.pt")["iteration"] == 4
     assert [row["iteration"] for row in rows_of(run)] == ["1", "2", "3", "4", "4"]
+
+
+def test_a_folder_that_becomes_a_file_ends_the_run(tmp_path, monkeypatch, capsys):
+    """Code 4, as for every place that cannot be written to, and not its traceback."""
+    def replace(run):
+        shutil.rmtree(run.folder)
+        run.folder.write_text("mine")
+    at_step(monkeypatch, 2, replace)
+    said = train_ends(capsys, 4, *FOUR_STEPS, "--out", tmp_path / "run").err
+    assert f"cannot write {tmp_path}/run/" in said
+    assert (tmp_path / "run").read_text() == "mine"
 
 
 def test_a_folder_may_have_any_name(tmp_path, monkeypatch):
@@ -593,7 +560,7 @@ def test_a_folder_may_have_any_name(tmp_path, monkeypatch):
     run = tmp_path / "Läufe vom [1.] März" / "zweiter"
     stop_after(2, monkeypatch)
     with pytest.raises(train.Stopped):
-        launch(*SHORT, "--out", run)
+        launch(*FOUR_STEPS, "--out", run)
     (run / "last.tmp").write_text("of a process that was killed")
     launch("--resume", run)
     assert load_checkpoint(run / "last.pt")["iteration"] == 4
@@ -605,7 +572,7 @@ def test_a_log_that_cannot_be_written_is_made_up_for(tmp_path, monkeypatch, caps
     log = tmp_path / "log.csv"
     at_step(monkeypatch, 2, lambda _: (log.unlink(), log.mkdir()))
     at_step(monkeypatch, 4, lambda _: log.rmdir())
-    launch(*SHORT, "--out", tmp_path)
+    launch(*FOUR_STEPS, "--out", tmp_path)
     said = capsys.readouterr().err
     assert said.count("cannot write log.csv") == 1, said
     rows = rows_of(tmp_path)
@@ -635,95 +602,52 @@ def test_the_share_of_waiting_is_logged_and_advised_once(tmp_path, monkeypatch,
     load = data.Streets.load
     monkeypatch.setattr("data.Streets.load", lambda streets, index: (
         time.sleep(0.02), load(streets, index))[1])
-    launch(*SHORT, "--out", tmp_path)
+    launch(*FOUR_STEPS, "--out", tmp_path)
     said = capsys.readouterr().out
     advice = [line for line in said.splitlines() if "waiting for images" in line]
     assert len(advice) == 1, f"said {len(advice)} times"
-    assert "--workers" in advice[0] or "--cache" in advice[0]
+    assert "--workers" in advice[0]
     shares = [float(row["data_share"]) for row in rows_of(tmp_path) if row["loss"]]
     assert len(shares) == 4 and all(0 <= share <= 1 for share in shares), shares
     assert max(shares) > 0.3, "it does not wait, it says"
 
 
-# --- Wrong numbers -------------------------------------------------------------------
+# --- The machine ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("argv, option", [
-    ("--lr 0", "--lr"), ("--lr -1", "--lr"), ("--lr nan", "--lr"),
-    ("--batch 0", "--batch"), ("--crop 8 8", "--crop"), ("--workers -1", "--workers"),
-    ("--log-every 0", "--log-every"), ("--accumulate 0", "--accumulate"),
-    ("--momentum -0.1", "--momentum"), ("--scale 0 1", "--scale"),
-    ("--iterations 5 --warmup 10", "--warmup"), ("--min-lr 1", "--min-lr"),
-    ("--batch 6 --accumulate 4", "--batch"), ("--batch 4 --accumulate 4", "--batch"),
-])
-def test_wrong_numbers_are_named(argv, option, tmp_path, monkeypatch, capsys):
-    """Before anything is opened or made: a sentence with the option's name, code 2."""
-    monkeypatch.chdir(tmp_path)
-    said = ended(capsys, 2, *SHORT, *argv.split()).err
-    assert said.startswith("error: ") and said.count("\n") == 1, said
-    assert re.search(rf"{option}\b", said), f"{option} is not named: {said}"
-    assert not list(tmp_path.iterdir()), "a run that never began left its folder"
+def without_unix(argv):
+    """train.main where everything is missing that only Unix has, from its import on."""
+    sys.modules.update(fcntl=None, resource=None)  # an import of them fails
+    for module, name in ((os, "fork"), (os, "sysconf"), (signal, "alarm"),
+                         (signal, "SIGHUP")):
+        delattr(module, name)
+    multiprocessing.set_start_method("spawn", force=True)
+    for name in ("train", "evaluate", "data", "common", *methods()):
+        sys.modules.pop(name, None)
+    import data as data_anew
+    import train as train_anew
+    make_thin(pytest.MonkeyPatch())
+    # The first act of a loader process: here, as a spawned one has an alarm again.
+    data_anew.outlive_a_signal(0)
+    return train_anew.main(argv)
 
 
-# --- --cache -------------------------------------------------------------------------
+def test_a_run_needs_nothing_that_only_unix_has(tmp_path):
+    """Windows has no locks of files, no fork, no alarm, and counts no memory.
 
-
-@pytest.fixture
-def reads(monkeypatch):
-    """The images that are drawn from now on, in this process, by name."""
-    names, load = [], data.Streets.load
-    monkeypatch.setattr("data.Streets.load", lambda streets, index: (
-        names.append(streets.name(index)), load(streets, index))[1])
-    return names
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_the_cache_keeps_what_fits_and_reads_the_rest(workers, reads):
-    """With room for two and a half images of six it holds two, and all are right."""
-    streets = data.open_dataset("streets", "train")
-    size = 4 * streets.load(0)[1].numel()
-    cached = data.Cached(streets, workers, limit=5 * size // 2)
-    assert "2 of 6 images in memory" in str(cached) and cached.bytes == 2 * size
-    reads.clear()
-    loaded = [list(cached.load(index)) for index in range(len(cached))]
-    assert reads == [streets.name(index) for index in (2, 3, 4, 5)]
-    assert_same(loaded, [list(streets.load(i)) for i in range(6)], "cached")
-
-
-def test_a_run_with_a_cache_is_the_run_without(tmp_path, reads):
-    """The same bits, with and without loader processes; each image is read once."""
-    launch(*SHORT, "--out", tmp_path / "read")
-    plain = contents(tmp_path / "read")
-    assert len(reads) == 4 * 4 + 2
-    for workers in (0, 2):
-        reads.clear()
-        folder = tmp_path / f"cached{workers}"
-        launch(*SHORT, "--cache", "--workers", workers, "--out", folder)
-        assert_same(plain, contents(folder), f"--cache --workers {workers}")
-        once = 8 if workers == 0 else 0  # .. of which this process sees none
-        assert len(reads) == len(set(reads)) == once, sorted(reads)
-
-
-# --- Others --------------------------------------------------------------------------
-
-
-def test_what_stays_nondeterministic_is_named_once(tmp_path, monkeypatch, capsys):
-    """--deterministic promises what it can: a real operation that has no such variant.
-
-    In a list, not as pages of warnings; and other warnings are as they were.
+    Two steps and an evaluation, with a loader process, and what is done without is said
+    once: a second run in the folder is up to the user, the log's memory is nan.
     """
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    try:
-        with warnings.catch_warnings(record=True) as shown:
-            warnings.simplefilter("always")
-            train.set_up(torch.device("cpu"), train.parse(["--deterministic"]))
-            for _ in range(2):
-                torch.zeros(4).put_(torch.tensor([0, 1]), torch.ones(2))
-            warnings.warn("another one")
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert capsys.readouterr().out.splitlines() == ["stays nondeterministic: put_"]
-    assert [str(each.message) for each in shown] == ["another one"]
+    argv = [*FOUR_STEPS, "--iterations", "2", "--warmup", "1", "--workers", "1",
+            "--out", str(tmp_path / "run")]
+    said = tmp_path / "said"
+    codes = ended([child(without_unix, argv, output=said)], seconds=120)
+    said = said.read_text()
+    assert codes == [0] and "best mIoU" in said, said[-2000:]
+    for missing in ("no locks of folders", "does not count a process' memory"):
+        assert said.count(missing) == 1, f"{missing}: {said.count(missing)} times"
+    steps = [row for row in rows_of(tmp_path / "run") if row["loss"]]
+    assert [row["memory_gb"] for row in steps] == ["nan", "nan"]
 
 
 def test_without_weights_no_network_is_needed(tmp_path, monkeypatch):
@@ -736,9 +660,9 @@ def test_without_weights_no_network_is_needed(tmp_path, monkeypatch):
     monkeypatch.setattr("torchvision.models.get_model", GET_MODEL)
     stop_after(1, monkeypatch)
     with pytest.raises(train.Stopped):
-        launch(*SHORT, "--weights", "none", "--out", tmp_path / "run")
+        launch(*FOUR_STEPS, "--weights", "none", "--out", tmp_path / "run")
     with pytest.raises(UserError):
-        launch(*SHORT, "--weights", "imagenet", "--out", tmp_path / "other")
+        launch(*FOUR_STEPS, "--weights", "imagenet", "--out", tmp_path / "other")
 
 
 def test_out_of_memory_names_a_smaller_setting(tmp_path, monkeypatch, capsys):
@@ -746,7 +670,7 @@ def test_out_of_memory_names_a_smaller_setting(tmp_path, monkeypatch, capsys):
     def full(*_):
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
     monkeypatch.setattr(train, "backward", full)
-    said = ended(capsys, 1, *SHORT, "--out", tmp_path / "run").err
+    said = train_ends(capsys, 1, *FOUR_STEPS, "--out", tmp_path / "run").err
     assert re.search(r"at --batch 4 --crop 32 64, peak .* GB: try --accumulate 2", said)
     assert load_checkpoint(tmp_path / "run/last.pt")["iteration"] == 0
 
@@ -761,15 +685,6 @@ def test_an_unreadable_image_ends_the_run(workers, tmp_path, monkeypatch, capsys
     bad = root / "train/images/2.jpg"
     bad.write_bytes(bad.read_bytes()[:300])
     monkeypatch.setattr(data, "check_some", lambda part: None)
-    said = ended(capsys, 2, *SHORT, "--dataset", "folder", "--data-root", root,
-                 "--workers", workers, "--out", tmp_path / "run").err
+    said = train_ends(capsys, 2, *FOUR_STEPS, "--dataset", "folder", "--data-root",
+                      root, "--workers", workers, "--out", tmp_path / "run").err
     assert said.startswith(f"error: {bad}: unreadable") and said.count("\n") == 1
-
-
-def test_a_checkpoint_of_another_format_is_not_damaged(stopped, capsys):
-    """The version is wrong, not the file: nothing is moved or overwritten."""
-    state = torch.load(stopped / "last.pt", weights_only=True)
-    torch.save(state | {"format": 99}, stopped / "last.pt")
-    before = bytes_of(stopped)
-    assert "has format 99" in ended(capsys, 2, "--resume", stopped).err
-    assert bytes_of(stopped) == before

@@ -1,11 +1,18 @@
 """What NRD's paper claims about its decoder, each claim as a test."""
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import common
 import nrd
 from conftest import SMALL
+from test_deeplabv3plus import (ASPPHead, AuxiliaryHead, Block, DeepLabHead, Restated,
+                                assert_drawn_by_mmsegmentation, assert_same_function,
+                                named_as_ours, official_backbone, random_features,
+                                scramble, without_dropout)
 
 
 def represent_slowly(theta, inputs, widths):
@@ -16,29 +23,44 @@ def represent_slowly(theta, inputs, widths):
     for b in range(B):
         for row in range(h):
             for column in range(w):
-                mine, layers, at = theta[b, :, row, column], [], 0
-                for i, o in zip(widths, widths[1:]):
-                    weight = mine[at:at + i * o].view(o, i)
-                    bias = mine[at + i * o:at + i * o + o]
-                    layers.append((weight, bias))
-                    at += i * o + o
-                assert at == P
+                layers = layers_of_one_cell(theta[b, :, row, column], widths)
                 for y in range(row * s, row * s + s):
                     for x in range(column * s, column * s + s):
-                        v = inputs[b, :, y, x]
-                        for depth, (weight, bias) in enumerate(layers):
-                            v = weight @ v + bias
-                            v = v.relu() if depth < len(layers) - 1 else v
-                        out[b, :, y, x] = v
+                        out[b, :, y, x] = g(layers, inputs[b, :, y, x])
     return out
+
+
+def layers_of_one_cell(theta, widths):
+    """theta (P,) -> a weight (out, in) and a bias (out,) per layer, in N4's order."""
+    layers = []
+    at = 0
+    for fan_in, fan_out in zip(widths, widths[1:]):
+        weight = theta[at:at + fan_in * fan_out].view(fan_out, fan_in)
+        at += fan_in * fan_out
+        bias = theta[at:at + fan_out]
+        at += fan_out
+        layers.append((weight, bias))
+    assert at == len(theta), "some of theta's numbers are in no layer"
+    return layers
+
+
+def g(layers, v):
+    """The network of one cell at one of its points: ReLU between the layers only."""
+    for depth, (weight, bias) in enumerate(layers):
+        v = weight @ v + bias
+        if depth < len(layers) - 1:
+            v = v.relu()
+    return v
 
 
 def test_batched_g_equals_the_loop_over_cells_and_pixels():
     """represent() is Sec. 2.2 read literally, in value and in both gradients."""
-    widths, (B, h, w, s) = (5, 4, 4, 3), (2, 2, 3, 4)
+    widths = (5, 4, 4, 3)
+    B, h, w, s = 2, 2, 3, 4
     theta = torch.randn(B, nrd.theta_length(widths), h, w, dtype=torch.float64)
     inputs = torch.randn(B, 5, s * h, s * w, dtype=torch.float64)
-    weight, results = torch.randn(B, 3, s * h, s * w, dtype=torch.float64), []
+    weight = torch.randn(B, 3, s * h, s * w, dtype=torch.float64)
+    results = []
     for function in (lambda t, x: nrd.represent(t, x, widths=widths),
                      lambda t, x: represent_slowly(t, x, widths)):
         t, x = theta.clone().requires_grad_(), inputs.clone().requires_grad_()
@@ -52,7 +74,7 @@ def test_batched_g_equals_the_loop_over_cells_and_pixels():
 @pytest.mark.parametrize("classes, with_guidance, without",
                          [(19, 899, 643), (150, 3126, 2870), (60, 1596, 1340)])
 def test_parameters_of_g(classes, with_guidance, without):
-    """Sec. 2.2: 899 parameters with guidance map; Sec. 3.1: 643 without, 19 classes."""
+    """P for Cityscapes, ADE20K, Context. Sec. 2.2 prints 899 for the first of them."""
     assert nrd.theta_length((18, 16, 16, classes)) == with_guidance
     assert nrd.theta_length((2, 16, 16, classes)) == without
 
@@ -90,18 +112,20 @@ def test_coordinates_run_along_x_then_y_and_leave_out_one():
 
 
 def test_cells_and_back_is_the_identity():
+    """from_cells puts back what to_cells has cut, on a map that is no square."""
     x = torch.randn(2, 3, 8, 12)
     assert torch.equal(nrd.from_cells(nrd.to_cells(x, 4), 2, 2, 3), x)
 
 
 def small_decoder(**options):
     defaults = dict(controller_channels=8, hidden_channels=4, guidance_channels=3,
-                    guidance=True, coordinates=True, patch=8, init="mlp")
+                    guidance=True, coordinates=True, standardise=False, points=8,
+                    init="mlp")
     return nrd.NRDDecoder(6, 5, 3, **(defaults | options)).eval()
 
 
 def test_a_location_draws_its_own_patch_and_no_other():
-    """Changing theta at one location changes its s x s block of the output only."""
+    """Changing theta at one location changes the s x s points of its own cell only."""
     widths = (2, 4, 4, 3)
     theta = torch.randn(1, nrd.theta_length(widths), 3, 4)
     inputs = torch.randn(1, 2, 24, 32)
@@ -121,7 +145,8 @@ def test_guidance_lines_up_with_the_cells_at_any_size(H, W):
     under the cells by up to 7 positions.
     """
     decoder = small_decoder(coordinates=False)
-    q, r, h, w = -(-H // 4), -(-W // 4), -(-H // 32), -(-W // 32)
+    q, r = math.ceil(H / 4), math.ceil(W / 4)
+    h, w = math.ceil(H / 32), math.ceil(W / 32)
     res2 = torch.randn(1, 5, q, r)
     m = decoder.guidance(res2)
     fitted = decoder.fit(m, h, w)
@@ -130,11 +155,25 @@ def test_guidance_lines_up_with_the_cells_at_any_size(H, W):
                                msg="guidance slid under the cells")
 
 
-@pytest.mark.parametrize("patch", [1, 4, 8, 16, 32])
-def test_any_number_of_points_per_cell(patch):
-    """s changes the resolution that g is asked at, not the size of the result."""
-    model = common.build_model("nrd", 5, **SMALL, patch=patch).eval()
+@pytest.mark.parametrize("points", [1, 4, 8, 16, 32])
+def test_any_number_of_points_per_cell(points):
+    """s changes the resolution at which g is asked, not the size of the result."""
+    model = common.build_model("nrd", 5, **SMALL, points=points).eval()
+    logits, _ = model.decode(torch.randn(1, 3, 65, 97))
+    assert logits.shape == (1, 5, 3 * points, 4 * points)  # 3 x 4 cells
     assert model(torch.randn(1, 3, 65, 97))["out"].shape == (1, 5, 65, 97)
+
+
+@pytest.mark.parametrize("option, message", [
+    ({"points": 5}, "points=5: points per side of a cell, must divide the 32 pixels"),
+    ({"decoder": "x"}, "decoder='x': must be one of nrd, deeplabv3plus"),
+    ({"context": "x"}, "context='x': must be one of aspp, conv, none"),
+    ({"init": "x"}, "init='x': must be 'mlp' or 'official'"),
+    ({"guidance": False, "coordinates": False}, "g needs an input")])
+def test_options_that_make_no_network_are_refused(option, message):
+    """The message says what was received and what is possible."""
+    with pytest.raises(common.UserError, match=message):
+        common.build_model("nrd", 5, **SMALL, **option)
 
 
 def test_initialisations_differ_in_what_g_can_learn():
@@ -152,8 +191,8 @@ def test_initialisations_differ_in_what_g_can_learn():
 
 
 def test_a_step_moves_theta_as_far_as_its_gradient_says():
-    """N2: with "mlp" a step of the 1x1's weights and bias moves theta about as if SGD
-    worked on theta itself. Without the scale it goes hundreds of times as far.
+    """N2: with "mlp", a step of SGD on the controller's 1x1 moves theta about as far as
+    a step on theta itself would. Without the scale it goes hundreds of times as far.
     """
     distance = {}
     for init in ("mlp", "official"):
@@ -173,7 +212,9 @@ def test_a_step_moves_theta_as_far_as_its_gradient_says():
 
 
 def test_carafe_is_a_weighted_mean_of_5x5_neighbours():
-    """CARAFE, read literally: out(y, x) = sum_k softmax(weights)_k * feature_k."""
+    """Read literally: out(y, x) = sum_k softmax(weights)_k * feature_k, where k runs
+    over the 5x5 neighbours of the location in which the point (y, x) lies.
+    """
     decoder = nrd.CARAFEDecoder(4, 3, factor=2, compressed=5).double()
     context = torch.randn(1, 4, 3, 4, dtype=torch.float64)
     weights = decoder.predict(decoder.compress(context))
@@ -196,3 +237,228 @@ def test_bilinear_row_may_classify_before_or_after_enlarging():
     late = decoder(context, {"res2": torch.empty(1, 1, 16, 24)})
     early = common.upsample(decoder.classify(context), 8, (16, 24))
     torch.testing.assert_close(late, early)
+
+
+@pytest.mark.parametrize("variant", ["no-guidance", "no-guidance-published", "no-aspp"])
+def test_without_guidance_g_gets_the_papers_coordinates(variant):
+    """N1: 0, 1/8, .., 7/8 where no batch norm follows; `standardise` is the option."""
+    decoder = common.build_model(f"nrd:{variant}", 5, **SMALL).decoder
+    assert torch.equal(decoder.coordinates, nrd.coordinate_map(8))
+    assert isinstance(decoder.norm, nn.Identity)
+    for decoder in (
+            common.build_model(f"nrd:{variant}", 5, **SMALL, standardise=True).decoder,
+            common.build_model("nrd", 5, **SMALL).decoder):
+        q = decoder.coordinates
+        assert q.mean().abs() < 1e-6 and q.var(correction=0) == pytest.approx(1)
+
+
+def test_standardised_coordinates_are_another_g():
+    """N1: without a batch norm the same theta draws another patch."""
+    theta = torch.randn(1, nrd.theta_length((2, 16, 16, 19)), 3, 4)
+    raw, standardised = small_decoder(guidance=False, hidden_channels=16), (
+        small_decoder(guidance=False, hidden_channels=16, standardise=True))
+    a, b = (nrd.represent(theta, decoder.inputs_of_g(None, theta),
+                          widths=(2, 16, 16, 19)) for decoder in (raw, standardised))
+    assert not torch.allclose(a, b, atol=0.1)
+
+
+# --- The authors' head, restated -----------------------------------------------------
+
+
+class Writer(nn.Module):
+    """The controller; in the release it is a module within a module."""
+
+    def __init__(self, channels, length):
+        super().__init__()
+        self.classifier = nn.Sequential(Block(channels, channels, 3),
+                                        nn.Conv2d(channels, length, 1))
+
+    def forward(self, x):
+        return self.classifier(x)
+
+
+class WithoutNorm(nn.Module):
+    def __init__(self, fan_in, fan_out):
+        super().__init__()
+        self.conv = nn.Conv2d(fan_in, fan_out, 1)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+class RestatedNRD(ASPPHead):
+    """Raw coordinates 0, 1/8, .. beside m, one batch norm over both, then cell by cell.
+
+    `conv_seg` is in the checkpoints and is not used.
+    """
+
+    def __init__(self, fan_in, low, channels, num_classes):
+        super().__init__(fan_in, channels, num_classes)
+        self.widths = (18, 16, 16, num_classes)
+        self.classifier = Writer(channels, nrd.theta_length(self.widths))
+        self.c1_bottleneck = nn.Sequential(Block(low, 48, 3), WithoutNorm(48, 16))
+        self.cat_norm = nn.BatchNorm2d(18)
+
+    def forward(self, features):
+        theta = self.classifier(self.context(features["res5"]))
+        m = self.c1_bottleneck(features["res2"])
+        steps = torch.arange(8, dtype=torch.float64) / 8
+        B, P, h, w = theta.shape
+        x = steps.repeat(w).expand(B, 1, 8 * h, 8 * w)  # grows to the right
+        y = steps.repeat(h)[:, None].expand(B, 1, 8 * h, 8 * w)  # grows downwards
+        inputs = self.cat_norm(torch.cat([x, y, m], dim=1))
+        rows = []
+        for row in range(h):
+            cells = []
+            for column in range(w):
+                cells.append(torch.stack([
+                    self.draw(theta[b, :, row, column],
+                              inputs[b, :, 8 * row:8 * row + 8,
+                                     8 * column:8 * column + 8]) for b in range(B)]))
+            rows.append(torch.cat(cells, dim=3))
+        return torch.cat(rows, dim=2)
+
+    def draw(self, theta, inputs):
+        """g of one cell as three 1x1 convolutions."""
+        for depth, (weight, bias) in enumerate(layers_of_one_cell(theta, self.widths)):
+            inputs = F.conv2d(inputs[None], weight[:, :, None, None], bias)[0]
+            if depth < 2:
+                inputs = F.relu(inputs)
+        return inputs
+
+
+def restated_nrd(num_classes=5):
+    return Restated(RestatedNRD(512, 64, 16, num_classes),
+                    AuxiliaryHead(256, num_classes))
+
+
+@pytest.mark.parametrize("init", ["official", "mlp"])
+def test_it_is_the_authors_head_with_the_same_weights(init, monkeypatch):
+    """convert: a released checkpoint gives its logits and gradients (N13).
+
+    In the batch norm the running statistics of x and y are other numbers here, and the
+    weight makes up for the eps (N1). Its gradient is smaller by that factor.
+    """
+    torch.manual_seed(0)
+    model = without_dropout(common.build_model("nrd", 5, backbone="resnet18c",
+                                               channels=16, controller_channels=16,
+                                               init=init))
+    model.decoder.coordinates = nrd.standardised(nrd.coordinate_map(8).double())
+    restated = scramble(restated_nrd())
+    with torch.no_grad():  # logits of size 1, where 1e-10 means something
+        restated.decode_head.classifier.classifier[1].weight.div_(2)
+    norm = restated.decode_head.cat_norm
+    norm.running_mean[:2] = torch.tensor([0.4375, 0.4376], dtype=torch.float64)
+    norm.running_var[:2] = torch.tensor([0.0821, 0.0820], dtype=torch.float64)
+    donor = scramble(common.Encoder("resnet18c"))
+    state = restated.state_dict() | official_backbone(donor)
+    model.load_state_dict(nrd.convert({"state_dict": state}, model))
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: self)  # stay in float64
+    grown = (model.decoder.norm.weight / norm.weight).detach()
+    assert (1 - grown[:2] > 1e-5).all() and (1 - grown[:2] < 1e-4).all()
+    assert (grown[2:] == 1).all(), "m comes to the norm as it came to the authors'"
+    names = nrd.shared_names() | {
+        "decode_head.classifier.classifier.1": "decoder.controller.theta",
+        "decode_head.c1_bottleneck.1.conv": "decoder.guidance.layers.3",
+        "decode_head.cat_norm": "decoder.norm"}
+    names |= nrd.block_names("decode_head.classifier.classifier.0",
+                             "decoder.controller.features")
+    names |= nrd.block_names("decode_head.c1_bottleneck.0", "decoder.guidance.layers")
+
+    def corrected(gradients):
+        gradients = named_as_ours(gradients, names)
+        gradients["decoder.norm.weight"] = gradients["decoder.norm.weight"] / grown
+        key = "decoder.controller.theta.weight"
+        gradients[key] = gradients[key] * model.decoder.controller.scale
+        return gradients
+
+    assert_same_function(model, restated, random_features(donor.channels, 2, 3),
+                         gradients=corrected)
+
+
+def test_unconverted_statistics_would_spoil_a_checkpoint():
+    """N1: with the names alone, eval gives other logits."""
+    torch.manual_seed(0)
+    model = without_dropout(common.build_model(
+        "nrd", 5, backbone="resnet18c", channels=16, controller_channels=16)).eval()
+    restated = scramble(restated_nrd()).eval()
+    norm = restated.decode_head.cat_norm
+    norm.running_mean[:2] = 0.4375
+    norm.running_var[:2] = 0.082
+    state = restated.state_dict() | official_backbone(model.encoder)
+    converted = nrd.convert(state, model)
+    for kind in ("running_mean", "running_var", "weight"):
+        converted[f"decoder.norm.{kind}"] = state[f"decode_head.cat_norm.{kind}"]
+    model.load_state_dict(converted)
+    features = random_features(model.encoder.channels, 1, 2)
+    ours = model.decoder(model.context(features["res5"]), features)
+    official = restated(features)[0]
+    assert (ours - official).abs().max() > 0.1 * official.abs().max()
+
+
+def test_convert_of_the_rival_and_of_what_was_not_released():
+    """Table 1's DeepLabv3+ by mmsegmentation's names; no other decoder is released."""
+    rival = common.build_model("nrd:deeplabv3plus", 5, backbone="resnet18c",
+                               channels=16)
+    state = Restated(DeepLabHead(512, 64, 16, 5), AuxiliaryHead(256, 5)).state_dict()
+    state |= official_backbone(rival.encoder)
+    rival.load_state_dict(nrd.convert(state, rival))
+    for variant in ("no-guidance", "guidance-only", "bilinear", "duc"):
+        other = common.build_model(f"nrd:{variant}", 5, **SMALL)
+        with pytest.raises(common.UserError, match="no other decoder"):
+            nrd.convert(state, other)
+    with pytest.raises(common.UserError, match="tensors have no place"):
+        nrd.convert(state, common.build_model("nrd", 5, **SMALL))
+
+
+@pytest.mark.parametrize("variant", nrd.VARIANTS)
+def test_official_start(variant):
+    """N11: with init=official every head is drawn as mmsegmentation draws it."""
+    torch.manual_seed(0)
+    model = common.build_model(f"nrd:{variant}", 19, backbone="resnet18")
+    for part in (model.context, model.decoder, model.aux_heads):
+        assert_drawn_by_mmsegmentation(part)
+    classifiers = [model.aux_heads[0].layers[-1]]
+    if hasattr(model.decoder, "classify"):
+        last = model.decoder.classify
+        classifiers.append(last[-1] if isinstance(last, nn.Sequential) else last)
+    elif model.decoder.guidance is not None:
+        last = model.decoder.guidance.layers[-1]
+        assert last.weight.std().item() == pytest.approx(
+            (2 / last.out_channels)**0.5, rel=0.15)
+        assert not last.bias.any()
+    for classifier in classifiers:
+        assert classifier.weight.std().item() == pytest.approx(0.01, rel=0.1)
+        assert not classifier.bias.any()
+
+
+def test_mlp_start_is_torchs_own():
+    """N11: init=mlp, of short runs and from scratch, redraws no convolution."""
+    model = common.build_model("nrd", 19, backbone="resnet18", init="mlp")
+    with pytest.raises(AssertionError):
+        assert_drawn_by_mmsegmentation(model.context)
+
+
+def test_recipes_say_where_each_value_stands():
+    """Sec. 3, the tables' captions and the code, value by value (N12)."""
+    shared = {"batch": 16, "momentum": 0.9, "power": 0.9, "min_lr": 1e-4,
+              "warmup": 4000, "warmup_from": 0.01, "scale": (0.5, 2.0),
+              "photometric": True, "aux_weight": 0.4}
+    for dataset, expected in {
+            "cityscapes": {"lr": 0.01, "weight_decay": 5e-4, "crop": (512, 1024),
+                           "iterations": 84_000, "backbone": "resnet50"},
+            "ade20k": {"lr": 0.01, "weight_decay": 5e-4, "crop": (512, 512),
+                       "iterations": 164_000, "backbone": "resnet101",
+                       "base_size": (2048, 512)},
+            "context60": {"lr": 0.004, "weight_decay": 1e-4, "crop": (480, 480),
+                          "iterations": 84_000, "backbone": "resnet101",
+                          "base_size": (520, 520)}}.items():
+        recipe = nrd.RECIPES[dataset]
+        expected = expected | shared
+        assert {name: recipe[name][0] for name in expected} == expected
+        assert recipe["lr"][1] == recipe["crop"][1] == "paper, Sec. 3"
+        assert recipe["backbone"][1].startswith("Table")
+        assert "Table 3: 4k of warm-up" in recipe["iterations"][1]
+        assert recipe["photometric"][1].startswith("mmsegmentation")
+        assert all(source for _, source in recipe.values())
+    assert "base_size" not in nrd.RECIPES["cityscapes"], "all images are 1024x2048"

@@ -1,11 +1,7 @@
 """The prose is executed: shape comments, paper -> code maps, notes, README."""
-import ast
 import importlib.util
-import io
 import re
 import shlex
-import statistics
-import tokenize
 
 import pytest
 import torch
@@ -28,7 +24,7 @@ def source(name):
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_shape_comments_are_true(name):
+def test_shape_comments_are_true(name, thin):
     """Every trailing shape comment is reached by some variant and agrees with it."""
     module, errors = importlib.import_module(name), []
     with checked(ROOT / f"{name}.py", errors):
@@ -36,6 +32,8 @@ def test_shape_comments_are_true(name):
             model = common.build_model(f"{name}:{variant}", 5, backbone="resnet18",
                                        channels=16).eval()
             model(torch.randn(1, 3, 65, 97))
+            native, _ = model.decode(torch.randn(1, 3, 64, 96))
+            model.to_pixels(native, (64, 96), (5, 9))
             if variant == "default":
                 module.explain(model, torch.randn(1, 3, 64, 96))
                 labels = torch.randint(5, (2, 65, 97), dtype=torch.uint8)
@@ -75,53 +73,91 @@ def test_paper_to_code_map_points_at_things_that_exist(name):
     assert cited <= mapped, f"{name}: Eq. {cited - mapped} cited but not in the map"
 
 
+def notes(name):
+    """{"N1": its text}: from four blanks and the number to the next one."""
+    header = importlib.import_module(name).__doc__
+    parts = re.split(r"^    (N\d+) ", header, flags=re.M)[1:]
+    texts = [re.split(r"\n(?=\S)", part, maxsplit=1)[0] for part in parts[1::2]]
+    return dict(zip(parts[::2], texts))
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_notes_and_lines_refer_to_each_other(name):
-    module = importlib.import_module(name)
-    listed = set(re.findall(r"^    (N\d+) ", module.__doc__, re.M))
     used = set(re.findall(r"\bN\d+\b", source(name).split('"""', 2)[2]))
-    assert listed == used, (
-        f"{name}: notes {listed ^ used} lack their line or their text")
+    assert set(notes(name)) == used, (
+        f"{name}: notes {set(notes(name)) ^ used} lack their line or their text")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_notes_are_sentences_with_their_effect(name):
+    """What the paper says, what is done here, what it changes: each has its opening."""
+    for number, text in notes(name).items():
+        openings = re.findall(r"^ +(Paper|Code|Here|Effect):", text, re.M)
+        assert openings[-1:] == ["Effect"] and len(openings) >= 2, f"{name} {number}"
+        assert len(set(openings)) == len(openings), f"{name} {number}: one twice"
+
+
+def test_notes_cited_elsewhere_exist():
+    """`note N3` in a test, in README or in the table of published numbers is one."""
+    for path in [*ROOT.glob("tests/test_*.py")]:
+        module = path.stem.removeprefix("test_")
+        if module in MODULES:
+            cited = set(re.findall(r"\bN\d+\b", path.read_text()))
+            assert cited <= set(notes(module)), f"{path.name}: {cited}"
+    for method in MODULES:
+        for row in common.published(method):
+            assert set(re.findall(r"\bN\d+\b", row["why"])) <= set(notes(method)), row
+    for number, module in re.findall(r"note (N\d+) (?:in|of) `(\w+)\.py`", README):
+        assert number in notes(module), f"README: {number} of {module}"
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_modules_have_the_same_sections_in_the_same_order(name):
     assert re.findall(r"^# --- (\d\. \w+) -+$", source(name), re.M) == SECTIONS
     module = importlib.import_module(name)
-    for symbol in ("build", "VARIANTS", "PUBLISHED", "RECIPES", "explain"):
+    for symbol in ("build", "VARIANTS", "RECIPES", "explain"):
         assert hasattr(module, symbol), f"{name} offers no {symbol}"
 
 
-def prose_share(text):
-    """Share of the non-blank lines that are comment or docstring."""
-    lines = {i for i, line in enumerate(text.splitlines(), 1) if line.strip()}
-    prose = {t.start[0] for t in tokenize.generate_tokens(io.StringIO(text).readline)
-             if t.type == tokenize.COMMENT}
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
-            if ast.get_docstring(node) is not None:
-                prose |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    return len(prose & lines) / len(lines)
-
-
 @pytest.mark.parametrize("name", MODULES)
-def test_modules_explain_themselves(name):
-    assert 0.35 <= prose_share(source(name)) <= 0.55
-    assert len(source(name).splitlines()) <= 530, "too long for one sitting"
+def test_the_demo_of_a_module_runs(name, capsys, monkeypatch):
+    """`python nrd.py`: every tensor by its name and shape. (Costs: test_evaluate.)"""
+    module = importlib.import_module(name)
+    monkeypatch.setattr(module, "print_costs", lambda *_, **__: print("costs"))
+    module.demo()
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == "costs" and any(line.startswith("image ") for line in said)
+
+
+def test_the_programs_know_no_method():
+    """A sixth paper is one file: no name of a method, nor of a class of one, elsewhere.
+
+    But for the default of --method, which is one of them.
+    """
+    classes = {symbol for name in MODULES
+               for symbol in re.findall(r"^class (\w+)", source(name), re.M)}
+    for program in ("common", "data", "train", "evaluate"):
+        text = source(program).replace('"method": Option("nrd", ', "").replace(
+            "as nrd:bilinear (default nrd)", "")
+        words = set(re.findall(r"\w+", text.lower()))
+        found = words & {*MODULES, *(symbol.lower() for symbol in classes)}
+        found -= {"fuse", "temperature"} & words  # a Protocol's fuse, streets' colours
+        assert not found, f"{program}.py names {found}"
+
+
+def test_the_step_stands_at_the_beginning():
+    """Forward pass, loss, backward pass, optimiser: in 150 lines of train.py."""
+    text = "\n".join(source("train").splitlines()[:150])
+    for line in ("outputs = self.forward_pass(inputs)", "segmentation_loss(outputs,",
+                 ".backward()", "run.scaler.step(run.optimizer)", "while True:"):
+        assert line in text, line
 
 
 @pytest.mark.parametrize("path", CODE, ids=lambda p: p.name)
-def test_lines_and_functions_are_short(path):
-    """88 columns; functions of at most 50 lines, half of them under 16."""
-    text = path.read_text()
-    wide = [i for i, line in enumerate(text.splitlines(), 1) if len(line) > 88]
+def test_lines_are_narrow(path):
+    wide = [i for i, line in enumerate(path.read_text().splitlines(), 1)
+            if len(line) > 88]
     assert not wide, f"{path.name}: wide lines {wide}"
-    lengths = {n.name: n.end_lineno - n.lineno + 1 for n in ast.walk(ast.parse(text))
-               if isinstance(n, ast.FunctionDef)}
-    long = {k: v for k, v in lengths.items() if v > 50}
-    assert not long, f"{path.name}: {long}"
-    if lengths:
-        assert statistics.median(lengths.values()) <= 15
 
 
 # --- README --------------------------------------------------------------------------
@@ -136,6 +172,8 @@ COMMANDS = [line.partition("  #")[0].strip() for block in
 @pytest.mark.parametrize("command", COMMANDS)
 def test_readme_commands_are_understood(command):
     """Every command in README is accepted by the program that it calls."""
+    if "sixth" in command:
+        return  # a file that is not there yet: test_sixth.py runs these
     for name, value in (("DIR", "some-folder"), ("$m", "nrd"), ("$seed", "0")):
         command = command.replace(name, value)
     words = shlex.split(command)[1:]
@@ -144,13 +182,26 @@ def test_readme_commands_are_understood(command):
     if words[0] == "train.py":
         args = train.parse(words[1:])
         train.make_recipe(args)
-        common.parse_options(args.method, args.set)
+        train.parse_options(args.method, args.set)
     elif words[0] == "evaluate.py":
         evaluate.parse(words[1:])
     elif words[0] == "data.py":
         data.parse(words[1:])
     else:
         assert words[0] in ("-m", *(f"{m}.py" for m in MODULES)), command
+
+
+def test_rows_of_the_papers_have_the_papers_recipes():
+    """Under "The papers' tables" no value of a training is ours, unless it is typed."""
+    section = README.partition("## The papers' tables")[2].partition("\n## ")[0]
+    commands = [line for line in section.replace("\\\n", " ").splitlines()
+                if line.startswith("python train.py")]
+    assert len(commands) > 10
+    for command in commands:
+        args = train.parse(shlex.split(command)[2:])
+        ours = [name for name, (_, source) in train.make_recipe(args).items()
+                if source.startswith("ours")]
+        assert not ours, f"{command}: {ours} are no paper's"
 
 
 def test_readme_names_files_that_exist():

@@ -1,7 +1,6 @@
 """How an image becomes class ids, and which pixels are counted: against slow twins."""
 import json
 import math
-from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -16,9 +15,8 @@ import common
 import data
 import evaluate
 from common import IGNORE_INDEX, ConfusionMatrix, UserError
-from conftest import SMALL, draw_tree, ended, ranks, run, save
+from conftest import SMALL, call_evaluate, child, draw_tree, ended, ranks, save
 from evaluate import Protocol, predict
-from train import save_checkpoint
 
 MS = Protocol(scales=(0.5, 1.0, 1.75), flip=True)
 
@@ -38,30 +36,32 @@ def tiny(spec="deeplabv3plus", num_classes=5):
 
 
 def saved(folder, info, *, root=None, spec="nrd:bilinear"):
-    """A run folder with the best.pt that train.py would write, untrained."""
+    """A run folder with a last.pt as train.py would write it, untrained."""
     folder.mkdir(parents=True, exist_ok=True)
     model = tiny(spec, len(info.classes))
     options = {"channels": SMALL["channels"]}
-    state = {"format": evaluate.FORMAT, "method": spec, "options": options,
+    state = {"format": common.FORMAT, "method": spec, "options": options,
              "backbone": SMALL["backbone"], "classes": list(info.classes),
              "palette": [list(c) for c in info.palette], "dataset": info.name,
              "data_root": None if root is None else str(root), "difficulty": 0.5,
              "mean": list(data.MEAN), "std": list(data.STD), "iteration": 0,
              "model": model.state_dict()}
-    save_checkpoint(state, folder / "best.pt")
+    common.save_checkpoint(state, folder / "last.pt")
     return folder
-
-
-def call(*argv):
-    return evaluate.main(list(map(str, argv)))
 
 
 def slowly(model, images, protocol):
     """The literal twin: full score maps at every size, one after the other."""
     H, W = images.shape[-2:]
     total = 0
+    base = 1
+    if any(protocol.base_size):  # the largest factor with which the image fits into it
+        long, short = max(protocol.base_size), min(protocol.base_size)
+        base = long / max(H, W)
+        if base * min(H, W) > short:
+            base = short / min(H, W)
     for scale in protocol.scales:
-        size = round(H * scale), round(W * scale)
+        size = round(H * base * scale), round(W * base * scale)
         for mirrored in (False, True)[:1 + protocol.flip]:
             x = images if size == (H, W) else evaluate.resize(images, size)
             x = x.flip(-1) if mirrored else x
@@ -85,27 +85,18 @@ def slowly(model, images, protocol):
 # --- The image becomes class ids -----------------------------------------------------
 
 
-@pytest.mark.parametrize("spec", [
-    "nrd", "nrd:cr8", "dupsampling", "dupsampling:vanilla", "efficientfcn",
-    "efficientfcn:dilated-fcn8s", "sfnet", "sfnet:fcn", "deeplabv3plus"])
 @torch.no_grad()
-def test_strips_of_rows_are_the_models_own_output(spec):
-    """Enlarging by strips gives what `forward` gives in one piece, at odd sizes too."""
-    model = tiny(spec)
-    for H, W in ((65, 97), (33, 70), (20, 40)):
-        images = torch.randn(1, 3, H, W)
-        whole = model(images)["out"][0] if min(H, W) >= 32 else model(
-            F.pad(images, (0, 0, 0, 32 - H), mode="replicate"))["out"][0, :, :H]
-        windows = evaluate.Windows(model, images, (H, W), (H, W))
-        for lo in range(0, H, 7):
-            rows = windows.rows(lo, min(lo + 7, H))
-            away = (rows - whole[:, lo:lo + 7]).abs().max() / whole.abs().max()
-            assert away < 1e-5, (
-                f"rows {lo}.. slid against the image of {H}x{W}")
+def test_images_smaller_than_a_cell_are_padded_by_their_border():
+    """20 rows: the network sees 32, the last ones repeated; the result has 20 again."""
+    model, images = tiny(), torch.randn(1, 3, 20, 40)
+    padded = F.pad(images, (0, 0, 0, 12), mode="replicate")
+    windows = evaluate.Windows(model, images, (20, 40), (20, 40))
+    torch.testing.assert_close(windows.rows(0, 20), model(padded)["out"][0, :, :20])
 
 
 @pytest.mark.parametrize("protocol", [
     Protocol(), Protocol(window=(50, 64)), Protocol(window=(64, 64), stride=(9, 40)),
+    Protocol(base_size=(200, 60)), replace(MS, base_size=(120, 110)),
     MS, replace(MS, window=(48, 96)), replace(MS, fuse="exp")], ids=str)
 @torch.no_grad()
 def test_protocols_equal_their_slow_twin(protocol):
@@ -131,12 +122,10 @@ def test_one_window_is_the_whole_image_and_one_scale_is_single_scale():
 class Flat(nn.Module):
     """A network that passes its input on as logits, to feed chosen numbers."""
 
-    def __init__(self):
-        super().__init__()
-        self.encoder = lambda images: {"res5": images}
-        self.context = nn.Identity()
-        self.decoder = lambda context, features: context
-        self.decoder.stride, self.num_classes = 1, 3
+    num_classes = 3
+
+    def forward(self, images):
+        return {"out": images, "aux": []}
 
 
 @pytest.mark.parametrize("H, W", [(40, 70), (20, 20), (5, 90)])
@@ -163,7 +152,7 @@ def test_sum_of_exp_does_not_overflow_and_trusts_the_confident():
     for fuse, expected in (("mean", 0), ("exp", 1)):
         says = iter([(5.0, 0.0, 0.0), (8.5, 9.0, 0.0)])
         model = Flat()
-        model.encoder = lambda images: {"res5": torch.tensor(next(says)).reshape(
+        model.forward = lambda images: {"out": torch.tensor(next(says)).reshape(
             1, 3, 1, 1).expand(1, 3, 32, 32)}
         ids = predict(model, big[..., :32, :32], Protocol(flip=True, fuse=fuse))
         assert (ids == expected).all(), fuse
@@ -193,16 +182,18 @@ def test_the_whole_score_map_never_exists(monkeypatch):
 @torch.no_grad()
 def test_large_images_go_in_windows_and_it_is_said():
     """More pixels than are allowed at once: the ids of windows half as large."""
-    model, images, cut = tiny(), torch.randn(1, 3, 96, 200), Counter()
-    ids = predict(model, images, Protocol(pass_pixels=10_000), cut)
-    assert torch.equal(ids, predict(model, images, Protocol(window=(96, 64))))
-    assert cut == {"96x200 in windows of 96x64": 1}
+    model, images = tiny(), torch.randn(1, 3, 96, 200)
+    limited = Protocol(pass_pixels=10_000)
+    halves = predict(model, images, Protocol(window=(96, 64)))
+    assert torch.equal(predict(model, images, limited), halves)
+    assert limited.smaller_windows(96, 200) == [
+        "above 10000 pixels at once (--pass-pixels 0 is without limit), so 96x200 in "
+        "windows of 96x64"]
     steps = Protocol(window=(96, 200), stride=(90, 190)).steps((96, 64))
     assert steps == (90, 64), "smaller windows with the old steps would leave gaps"
-    cut.clear()
-    for enough in (0, 96 * 200):
-        ids = predict(model, images, Protocol(pass_pixels=enough), cut)
-        assert torch.equal(ids, predict(model, images)) and not cut
+    for enough in (Protocol(), Protocol(pass_pixels=96 * 200)):
+        assert torch.equal(predict(model, images, enough), predict(model, images))
+        assert not enough.smaller_windows(96, 200)
     with pytest.raises(UserError, match="not even a window of 64x64 is small"):
         predict(model, images, Protocol(pass_pixels=1000))
 
@@ -211,33 +202,39 @@ def test_large_images_go_in_windows_and_it_is_said():
 def test_out_of_memory_is_said_and_done_again_with_half_the_window(monkeypatch, capsys):
     """The result is that of the smaller window, not of a retry with other numbers."""
     model, images = tiny(), torch.randn(1, 3, 96, 160)
-    expected = predict(model, images, Protocol(window=(96, 96)))
-    run_window = evaluate.native_logits
+    expected, decode = predict(model, images, Protocol(window=(96, 96))), model.decode
 
-    def full(model, crop):
+    def full(crop):
         if crop.shape[-1] > 128:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return run_window(model, crop)
-    monkeypatch.setattr(evaluate, "native_logits", full)
-    cut = Counter()
-    ids = evaluate.predict_in_memory(model, images, Protocol(), cut)
+        return decode(crop)
+    monkeypatch.setattr(model, "decode", full)
+    ids, said = evaluate.predict_in_memory(model, images, Protocol())
     assert torch.equal(ids, expected)
-    assert "out of memory: 96x160 in windows of 96x96" in capsys.readouterr().err
-    assert cut == {"out of memory: 96x160 in windows of 96x96": 1}
-    monkeypatch.setattr(evaluate, "native_logits", lambda *_: 1 / 0)
+    assert said == ["out of memory, so 96x160 in windows of 96x96"]
+    assert said[0] in capsys.readouterr().err
+    monkeypatch.setattr(model, "decode", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # another error is not hidden
-        evaluate.predict_in_memory(model, images, Protocol(), cut)
+        evaluate.predict_in_memory(model, images, Protocol())
+
+
+def predict_a_large_one(size, classes, said):
+    """One mirrored pass of a network with random weights; the peak of this process."""
+    model = common.build_model("nrd", classes, backbone="resnet18").eval()
+    limited = Protocol(flip=True, pass_pixels=evaluate.CPU_PIXELS)
+    with torch.inference_mode():
+        predict(model, torch.randn(1, 3, *size), limited)
+    said.write_text(str(common.peak_memory("cpu")))
 
 
 @pytest.mark.parametrize("classes, size", [
     (19, (1024, 2048)),
     pytest.param(150, (683, 1024), marks=pytest.mark.thorough)])
-def test_large_images_are_scored_in_under_two_gigabytes(classes, size):
+def test_large_images_are_scored_in_under_two_gigabytes(classes, size, tmp_path):
     """The process itself, with torch in it, from the operating system's count."""
-    done = run("evaluate.py", "memory", "nrd", "--backbone", "resnet18", "--size",
-               *size, "--classes", classes, "--flip")
-    peak = float(done.stdout.split("peak ")[1].split(" GB")[0])
-    assert 0.5 < peak < 2, done.stdout
+    process = child(predict_a_large_one, size, classes, tmp_path / "peak", thin=False)
+    process.join(120)
+    assert 0.2 < float((tmp_path / "peak").read_text()) < 2
 
 
 # --- Which pixels are counted --------------------------------------------------------
@@ -249,8 +246,8 @@ def test_absent_classes_follow_the_convention(monkeypatch, seven, tmp_path, caps
                         lambda self: torch.tensor([0.9, 0.8, math.nan]).double())
     for convention, miou, how in (("ours", 0.85, "not averaged"),
                                   ("encoding", 0.5667, "counted as 0")):
-        call("score", seven, "--workers", 0, "--convention", convention, "--out",
-             tmp_path)
+        call_evaluate("score", seven, "--workers", 0, "--convention", convention,
+                      "--out", tmp_path)
         report = json.loads((tmp_path / "score.json").read_text())
         assert report["miou"] == pytest.approx(miou, abs=1e-4)
         assert report["classes"]["class2"]["iou"] is None
@@ -348,8 +345,8 @@ def seven(tmp_path_factory):
 
 def test_report_holds_the_number_and_all_that_it_depends_on(seven, tmp_path, capsys):
     out = tmp_path / "out"
-    call("score", seven, "--workers", 0, "--flip", "--scales", 0.5, 1, "--bands",
-         "--boundary-f", "--out", out)
+    call_evaluate("score", seven, "--workers", 0, "--flip", "--scales", 0.5, 1,
+                  "--bands", "--boundary-f", "--out", out)
     said, report = capsys.readouterr().out, json.loads((out / "score.json").read_text())
     assert f"mIoU {report['miou']:.4f}" in said and "7/7 images" in said
     assert "scales 0.5 1 + flip, mean softmax" in said
@@ -367,12 +364,15 @@ def test_report_holds_the_number_and_all_that_it_depends_on(seven, tmp_path, cap
 
 def test_a_number_from_smaller_windows_does_not_call_itself_whole(seven, tmp_path,
                                                                   capsys):
-    call("score", seven, "--workers", 0, "--pass-pixels", 5000, "--out", tmp_path)
+    call_evaluate("score", seven, "--workers", 0, "--pass-pixels", 5000, "--out",
+                  tmp_path)
     said = capsys.readouterr().out
     report = json.loads((tmp_path / "score.json").read_text())
-    assert report["cut_for_memory"] == {"64x96 in windows of 64x64": 5}
+    why = ("above 5000 pixels at once (--pass-pixels 0 is without limit), so 64x96 in "
+           "windows of 64x64")
+    assert report["smaller_windows"] == {why: 5}
     assert "whole image, single scale, 5 passes in smaller windows" in said
-    assert "for lack of memory: 64x96 in windows of 64x64 (5 times)" in said
+    assert f"{why} (5 times)" in said and "memory" not in said
 
 
 @pytest.mark.parametrize("name, said", [
@@ -383,15 +383,16 @@ def test_numbers_carry_the_name_of_what_they_are(tmp_path, capsys, name, said):
     """59 and 60 classes are two metrics; a trimap is around void, and on VOC only."""
     root = draw_tree(tmp_path / "d", name)
     info = data.open_dataset(name, "val", root=str(root)).info
-    call("score", saved(tmp_path / "run", info, root=root), "--workers", 0, "--bands")
+    call_evaluate("score", saved(tmp_path / "run", info, root=root), "--workers", 0,
+                  "--bands")
     assert said in capsys.readouterr().out
-    assert (tmp_path / "run" / f"score-{name}-val" / "score.json").is_file()
+    assert list((tmp_path / "run").glob(f"score-{name}-val-*/score.json"))
 
 
 def test_worst_and_best_images_are_those(seven):
     """Each image scored by itself, with another function of the library."""
-    checkpoint = evaluate.load_checkpoint(seven)
-    model = evaluate.restore(checkpoint)
+    checkpoint = common.load_checkpoint(seven)
+    model = common.restore(checkpoint)
     dataset = data.open_dataset("folder", "val", root=checkpoint["data_root"])
     alone, images = [], evaluate.PerImage(7, 3)
     for i in range(7):
@@ -422,7 +423,7 @@ def test_several_processes_count_what_one_counts(tmp_path, seven, images, proces
                             output=said, thin=False))
         assert codes == [0] * n, said.read_text()[-2000:]
         reports[n] = json.loads((tmp_path / str(n) / "score.json").read_text())
-        del reports[n]["seconds"]
+        del reports[n]["seconds"], reports[n]["peak_gb"]
     assert reports[1] == reports[processes]
     assert said.read_text().count(f"{images}/{images} images") == 2, "one rank speaks"
 
@@ -433,7 +434,7 @@ def test_a_split_without_valid_pixels_is_an_error_not_a_number(tmp_path, capsys)
     for path in (root / "val" / "masks").iterdir():
         save(path, np.full((64, 96), 255, np.uint8))
     with pytest.raises(SystemExit) as caught:
-        call("score", saved(tmp_path / "run", info, root=root), "--workers", 0)
+        call_evaluate("score", saved(tmp_path / "run", info, root=root), "--workers", 0)
     assert caught.value.code == 2 and "no valid pixel" in capsys.readouterr().err
 
 
@@ -444,7 +445,7 @@ def test_a_split_without_valid_pixels_is_an_error_not_a_number(tmp_path, capsys)
     (("--dataset", "streets"), "knows the 3 classes")])
 def test_wrong_wishes_are_refused_in_a_sentence(seven, words, message, capsys):
     with pytest.raises(SystemExit) as caught:
-        call("score", seven, "--workers", 0, *words)
+        call_evaluate("score", seven, "--workers", 0, *words)
     assert caught.value.code == 2 and message in capsys.readouterr().err
 
 
@@ -473,12 +474,12 @@ def test_exported_cityscapes_files_score_as_the_matrix_does(tmp_path, capsys):
     root = draw_tree(tmp_path / "d", "cityscapes", images=3)
     dataset = data.open_dataset("cityscapes", "val", root=str(root))
     folder, out = saved(tmp_path / "run", dataset.info, root=root), tmp_path / "sub"
-    call("predict", folder, "--submission", "--split", "val", "--out", out)
+    call_evaluate("predict", folder, "--submission", "--split", "val", "--out", out)
     said = capsys.readouterr().out
     assert "zip" in said and "3 files" in said
     assert sorted(p.name for p in out.iterdir()) == sorted(
         str(path.name) for path, _ in dataset.pairs)
-    call("score", folder, "--workers", 0, "--out", tmp_path / "s")
+    call_evaluate("score", folder, "--workers", 0, "--out", tmp_path / "s")
     report = json.loads((tmp_path / "s" / "score.json").read_text())
     ours = [c["iou"] for c in report["classes"].values()]
     theirs = in_id_space(root, out)
@@ -492,10 +493,11 @@ def test_submissions_have_the_servers_values(tmp_path, capsys, name, mode):
     root = draw_tree(tmp_path / "d", name)
     dataset = data.open_dataset(name, "val", root=str(root))
     folder = saved(tmp_path / "run", dataset.info, root=root)
-    call("predict", folder, "--submission", "--split", "val", "--out", tmp_path / "s")
+    call_evaluate("predict", folder, "--submission", "--split", "val", "--out",
+                  tmp_path / "s")
     files = sorted((tmp_path / "s").rglob("*.png"))
     assert len(files) == 2 and "Pack them" in capsys.readouterr().out
-    model = evaluate.restore(evaluate.load_checkpoint(folder))
+    model = common.restore(common.load_checkpoint(folder))
     for i, path in enumerate(files):
         with torch.no_grad():
             ids = predict(model, data.NORMALISE(dataset.image(i))[None])
@@ -506,7 +508,7 @@ def test_submissions_have_the_servers_values(tmp_path, capsys, name, mode):
         assert files[0].parts[-4:-1] == ("VOC2012", "Segmentation", "comp6_test_cls")
         assert picture.getpalette()[3:6] == [128, 0, 0]
     with pytest.raises(SystemExit):
-        call("predict", folder, "--submission", "--split", "val", "--out",
+        call_evaluate("predict", folder, "--submission", "--split", "val", "--out",
              tmp_path / "s")
     assert "is not empty" in capsys.readouterr().err
 
@@ -519,16 +521,17 @@ def test_a_badly_written_submission_is_noticed(tmp_path, monkeypatch):
     read = data.read_mask
     monkeypatch.setattr(data, "read_mask", lambda path: 0 * read(path))
     with pytest.raises(RuntimeError, match="was not written well"):
-        call("predict", folder, "--submission", "--split", "val", "--out",
+        call_evaluate("predict", folder, "--submission", "--split", "val", "--out",
              tmp_path / "s")
 
 
 def test_a_large_picture_is_said_to_be_predicted_in_windows(seven, tmp_path, capsys):
     """Windows see less of a picture than the whole network would: not in silence."""
     picture = save(tmp_path / "p.png", np.zeros((96, 200, 3), np.uint8))
-    call("predict", seven, picture, "--out", tmp_path / "o", "--pass-pixels", 10_000)
+    call_evaluate("predict", seven, picture, "--out", tmp_path / "o", "--pass-pixels",
+                  10_000)
     assert "96x200 in windows of 96x64 (1 times)" in capsys.readouterr().out
-    call("predict", seven, picture, "--out", tmp_path / "o")
+    call_evaluate("predict", seven, picture, "--out", tmp_path / "o")
     assert "windows" not in capsys.readouterr().out
 
 
@@ -536,6 +539,6 @@ def test_there_is_no_server_for_camvid(tmp_path, capsys):
     root = draw_tree(tmp_path / "d", "camvid")
     info = data.open_dataset("camvid", "val", root=str(root)).info
     with pytest.raises(SystemExit):
-        call("predict", saved(tmp_path / "run", info, root=root), "--submission",
-             "--out", tmp_path / "s")
+        call_evaluate("predict", saved(tmp_path / "run", info, root=root),
+                      "--submission", "--out", tmp_path / "s")
     assert "camvid has no test server" in capsys.readouterr().err

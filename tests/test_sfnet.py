@@ -1,4 +1,7 @@
-"""What SFNet's paper claims about flow between feature maps, each claim as a test."""
+"""What SFNet's paper claims about flow between feature maps, each claim as a test.
+
+The last part holds the module against the official code, SFSegNets, restated here.
+"""
 import math
 
 import pytest
@@ -12,35 +15,37 @@ from conftest import SMALL
 
 def warp_slowly(coarse, flow):
     """Eqs. (2) and (3) literally: per position the four neighbours of p_l, weighted."""
-    (B, D, q, r), (h, w) = coarse.shape, flow.shape[-2:]
+    B, D, h, w = coarse.shape
+    q, r = flow.shape[-2:]
     images = []
     for b in range(B):
         rows = []
-        for y in range(h):
-            for x in range(w):
-                px = (x + flow[b, 0, y, x]) * (r - 1) / (w - 1)
-                py = (y + flow[b, 1, y, x]) * (q - 1) / (h - 1)
+        for y in range(q):
+            for x in range(r):
+                px = (x + flow[b, 0, y, x]) * (w - 1) / (r - 1)
+                py = (y + flow[b, 1, y, x]) * (h - 1) / (q - 1)
                 left, top = math.floor(px.item()), math.floor(py.item())
                 value = torch.zeros(D, dtype=coarse.dtype)
                 for ny in (top, top + 1):
                     for nx in (left, left + 1):
-                        if 0 <= ny < q and 0 <= nx < r:
+                        if 0 <= ny < h and 0 <= nx < w:
                             weight = (1 - (py - ny).abs()) * (1 - (px - nx).abs())
                             value = value + weight * coarse[b, :, ny, nx]
                 rows.append(value)
-        images.append(torch.stack(rows, 1).view(D, h, w))
+        images.append(torch.stack(rows, 1).view(D, q, r))
     return torch.stack(images)
 
 
-@pytest.mark.parametrize("h, w", [(5, 7), (6, 8)], ids=["2n-1 rows", "2n rows"])
-def test_warp_is_equations_2_and_3(h, w):
+@pytest.mark.parametrize("q, r", [(5, 7), (6, 8)], ids=["2n-1 rows", "2n rows"])
+def test_warp_is_equations_2_and_3(q, r):
     """warp() equals the loop over four neighbours, in value and in both gradients.
 
     Flows reach 3 fine pixels, so some points lie outside the map (N4).
     """
     coarse0 = torch.randn(2, 3, 3, 4, dtype=torch.float64)
-    flow0 = 6 * torch.rand(2, 2, h, w, dtype=torch.float64) - 3
-    weight, results = torch.randn(2, 3, h, w, dtype=torch.float64), []
+    flow0 = 6 * torch.rand(2, 2, q, r, dtype=torch.float64) - 3
+    weight = torch.randn(2, 3, q, r, dtype=torch.float64)
+    results = []
     for function in (sfnet.warp, warp_slowly):
         coarse, flow = coarse0.clone().requires_grad_(), flow0.clone().requires_grad_()
         out = function(coarse, flow)
@@ -63,7 +68,8 @@ def test_flow_is_predicted_from_both_maps():
     """Eq. (1): a 3x3 convolution of cat(F_l, F_(l-1)), coarse channels first."""
     coarse, fine = (torch.randn(1, 2, 4, 5, dtype=torch.float64) for _ in range(2))
     weight = torch.randn(2, 4, 3, 3, dtype=torch.float64)
-    both, literal = [*coarse[0], *fine[0]], torch.zeros(2, 4, 5, dtype=torch.float64)
+    both = [*coarse[0], *fine[0]]
+    literal = torch.zeros(2, 4, 5, dtype=torch.float64)
     for o in range(2):
         for y in range(4):
             for x in range(5):
@@ -77,14 +83,16 @@ def test_flow_is_predicted_from_both_maps():
     torch.testing.assert_close(flow[0], literal)
 
 
-@pytest.mark.parametrize("q, r, h, w", [(33, 17, 65, 33), (4, 5, 8, 9), (1, 2, 2, 4)])
-def test_zero_flow_is_bilinear_enlargement(q, r, h, w):
+@pytest.mark.parametrize("h, w, q, r", [(33, 17, 65, 33), (4, 5, 8, 9), (1, 2, 2, 4)])
+def test_zero_flow_is_bilinear_enlargement(h, w, q, r):
     """Without flow FAM is the ordinary pyramid, at the borders too (N3)."""
-    coarse = torch.randn(2, 3, q, r, dtype=torch.float64)
-    plain = F.interpolate(coarse, (h, w), mode="bilinear", align_corners=True)
-    warped = sfnet.warp(coarse, torch.zeros(2, 2, h, w, dtype=torch.float64))
+    coarse = torch.randn(2, 3, h, w, dtype=torch.float64)
+    plain = F.interpolate(coarse, (q, r), mode="bilinear", align_corners=True)
+    warped = sfnet.warp(coarse, torch.zeros(2, 2, q, r, dtype=torch.float64))
     torch.testing.assert_close(warped, plain, rtol=0, atol=1e-13,
                                msg="zero flow moved something: align_corners?")
+    fine = torch.empty(2, 3, q, r, dtype=torch.float64)  # only its size is used
+    assert torch.equal(sfnet.ZeroFlow()(coarse, fine), plain)
 
 
 @pytest.mark.parametrize("channel, axis", [(0, 3), (1, 2)], ids=["x", "y"])
@@ -149,7 +157,8 @@ def pyramid(spec="sfnet", **options):
 def test_the_way_down_takes_the_sum_unsmoothed():
     """N7: each sum is lateral + aligned coarser *sum*; the 3x3 never gets into it."""
     model, context, features = pyramid()
-    decoder, coarse = model.decoder, context
+    decoder = model.decoder
+    coarse = context
     for stage, got in zip(("res4", "res3", "res2"),
                           decoder.top_down(context, features), strict=True):
         fine = decoder.laterals[stage](features[stage])
@@ -165,11 +174,15 @@ def test_the_way_down_takes_the_sum_unsmoothed():
 
 
 def test_pyramid_without_fam_is_fam_with_zero_flow():
-    """`fpn` has every weight of SFNet but FAM's, and computes what zero flow gives."""
+    """`fpn` has every weight of SFNet but FAM's, and computes what zero flow gives.
+
+    It has a ZeroFlow at every level, where SFNet has a FAM.
+    """
     model, context, features = pyramid()
     for fam in model.decoder.align.values():
         torch.nn.init.zeros_(fam.flow.weight)
     fpn = common.build_model("sfnet:fpn", 5, **SMALL).eval()
+    assert all(isinstance(m, sfnet.ZeroFlow) for m in fpn.decoder.align.values())
     left = fpn.load_state_dict(model.state_dict(), strict=False)
     assert not left.missing_keys and all("align" in k for k in left.unexpected_keys)
     plain, still = (m.decoder(context, features)[0] for m in (fpn, model))
@@ -180,10 +193,16 @@ def test_pyramid_without_fam_is_fam_with_zero_flow():
     ("default", (5, 4, 3)), ("fpn", ()), ("fam-f3", (3,)), ("fam-f5", (5,)),
     ("fam-f4-f5", (5, 4))])
 def test_level_l_is_aligned_with_the_next_finer_one(variant, levels):
-    """Table 1 (b): the FAM at F_l brings F_l onto F_(l-1), so F_5's works on res4."""
+    """Table 1 (b): the FAM at F_l brings F_l onto F_(l-1), so F_5's works on res4.
+
+    Where there is no FAM there is a ZeroFlow, and never neither.
+    """
     with torch.device("meta"):
-        decoder = common.build_model(f"sfnet:{variant}", 5, **SMALL).decoder
-    assert tuple(decoder.align) == tuple(f"res{l - 1}" for l in levels)
+        align = common.build_model(f"sfnet:{variant}", 5, **SMALL).decoder.align
+    fams = [stage for stage, m in align.items() if isinstance(m, sfnet.FAM)]
+    assert fams == [f"res{l - 1}" for l in levels]
+    assert list(align) == ["res4", "res3", "res2"]
+    assert all(isinstance(align[stage], sfnet.ZeroFlow) for stage in {*align} - {*fams})
 
 
 @pytest.mark.parametrize("backbone, heads",
@@ -198,7 +217,10 @@ def test_auxiliary_heads_only_in_training(backbone, heads):
 
 
 def test_pyramid_pooling_averages_1_4_9_and_36_cells():
-    """PPM: the branches pool to 1, 2, 3, 6 cells a side and keep negative values."""
+    """PPM: the branches pool to 1, 2, 3, 6 cells a side and keep negative values.
+
+    PSPNet's own has a ReLU behind each, at no cost in parameters (N15).
+    """
     ppm = sfnet.PPM(4, 3).eval()
     x = torch.randn(1, 4, 12, 12)
     for side, branch in zip((1, 2, 3, 6), ppm.branches, strict=True):
@@ -207,26 +229,43 @@ def test_pyramid_pooling_averages_1_4_9_and_36_cells():
         torch.testing.assert_close(branch[0](x), pooled)
     assert (ppm.branches[3](x) < 0).any(), "no ReLU after the pooled 1x1"
     assert ppm.project[0].in_channels == 4 + 4 * 3, "the map itself goes in, too"
+    rectified = sfnet.PPM(4, 3, relu=True).eval()
+    rectified.load_state_dict(ppm.state_dict())
+    for plain, branch in zip(ppm.branches, rectified.branches, strict=True):
+        torch.testing.assert_close(branch(x), plain(x).relu())
+
+
+@pytest.mark.parametrize("spec, relus", [
+    ("sfnet", 0), ("sfnet:fpn", 0), ("sfnet:pspnet", 4)])
+def test_who_has_a_relu_in_pyramid_pooling(spec, relus):
+    """N15: SFNet as its code without, PSPNet as its own code with one per branch."""
+    with torch.device("meta"):
+        context = common.build_model(spec, 5, **SMALL).context
+        option = common.build_model("sfnet", 5, **SMALL, context="ppm-relu").context
+    for ppm, number in ((context, relus), (option, 4)):
+        found = [m for m in ppm.branches.modules() if isinstance(m, torch.nn.ReLU)]
+        assert len(found) == number
 
 
 def test_correlation_scores_every_offset():
     """correlation() literally: mean over channels of coarse(p + o) * fine(p)."""
-    (h, w), reach = (4, 5), 1
-    coarse, fine = (torch.randn(1, 3, h, w, dtype=torch.float64) for _ in range(2))
-    literal = torch.zeros(1, 9, h, w, dtype=torch.float64)
+    q, r = 4, 5
+    coarse, fine = (torch.randn(1, 3, q, r, dtype=torch.float64) for _ in range(2))
+    literal = torch.zeros(1, 9, q, r, dtype=torch.float64)
     for i, (dy, dx) in enumerate((dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)):
-        for y in range(h):
-            for x in range(w):
-                if 0 <= y + dy < h and 0 <= x + dx < w:
+        for y in range(q):
+            for x in range(r):
+                if 0 <= y + dy < q and 0 <= x + dx < r:
                     match = coarse[0, :, y + dy, x + dx] * fine[0, :, y, x]
                     literal[0, i, y, x] = match.mean()
-    torch.testing.assert_close(sfnet.correlation(coarse, fine, reach=reach), literal)
+    torch.testing.assert_close(sfnet.correlation(coarse, fine, reach=1), literal)
 
 
 def test_deformable_rival_starts_as_an_ordinary_convolution():
-    """N12: offsets are zero at first, of both maps, and still receive a gradient."""
+    """N12: it convolves both maps, its offsets start at 0 and do get a gradient."""
     layer = sfnet.Deformable(4)
-    coarse, fine = torch.randn(1, 4, 3, 3), torch.randn(1, 4, 5, 5)
+    coarse = torch.randn(1, 4, 3, 3)
+    fine = torch.randn(1, 4, 5, 5)
     both = torch.cat([sfnet.enlarge(coarse, (5, 5)), fine], 1)
     plain = F.conv2d(both, layer.convolution.weight, layer.convolution.bias, padding=1)
     out = layer(coarse, fine)
@@ -236,19 +275,21 @@ def test_deformable_rival_starts_as_an_ordinary_convolution():
 
 
 @pytest.mark.parametrize("upsampling", ["nearest", "deconv"])
-@pytest.mark.parametrize("h, w", [(5, 7), (6, 8)])
-def test_other_enlargements_reach_the_fine_size(upsampling, h, w):
+@pytest.mark.parametrize("q, r", [(5, 7), (6, 8)])
+def test_other_enlargements_reach_the_fine_size(upsampling, q, r):
     """Table 2 (a): only the input of the flow changes; 2n-1 and 2n rows both fit."""
     fam = sfnet.FAM(4, upsampling=upsampling)
-    coarse, fine = torch.randn(1, 4, 3, 4), torch.randn(1, 4, h, w)
-    assert fam(coarse, fine).shape == (1, 4, h, w)
+    coarse = torch.randn(1, 4, 3, 4)
+    fine = torch.randn(1, 4, q, r)
+    assert fam(coarse, fine).shape == (1, 4, q, r)
     torch.nn.init.zeros_(fam.flow.weight)
-    torch.testing.assert_close(fam(coarse, fine), sfnet.enlarge(coarse, (h, w)))
+    torch.testing.assert_close(fam(coarse, fine), sfnet.enlarge(coarse, (q, r)))
 
 
 def test_non_local_is_a_weighted_mean_over_all_positions():
     """y_i = sum_j softmax_j(theta_i . phi_j) g_j, position by position."""
-    layer, x = sfnet.NonLocal(4, 3).double().eval(), torch.randn(1, 4, 2, 3).double()
+    layer = sfnet.NonLocal(4, 3).double().eval()
+    x = torch.randn(1, 4, 2, 3).double()
     theta, phi, g = layer.split(x)[0].flatten(1).split(2)
     y = torch.zeros(2, 6, dtype=torch.float64)
     for i in range(6):
@@ -277,7 +318,306 @@ def test_colours_tell_directions_apart():
         sfnet.explain(fpn, torch.randn(1, 3, 64, 96))
 
 
-@pytest.mark.parametrize("option", ["context", "align", "upsampling", "decoder"])
+@pytest.mark.parametrize("option", ["context", "align", "upsampling", "decoder",
+                                    "flow_unit"])
 def test_unknown_parts_are_refused(option):
     with pytest.raises(common.UserError, match=f"{option}='x': must be one of"):
         common.build_model("sfnet", 5, **SMALL, **{option: "x"})
+
+
+# --- The paper's recipe --------------------------------------------------------------
+
+
+SETTING = {"momentum": 0.9, "weight_decay": 5e-4, "power": 0.9, "min_lr": 0.0,
+           "scale": (0.75, 2.0), "photometric": False, "batch": 16, "warmup": 0,
+           "ohem": 0.1, "ohem_threshold": 0.0, "aux_weight": 1.0,
+           "weights": "imagenet"}
+
+
+@pytest.mark.parametrize("dataset, stated, section", [
+    ("cityscapes", {"iterations": 50_000, "lr": 0.01, "crop": (1024, 1024)}, "4.1"),
+    ("ade20k", {"epochs": 120, "lr": 0.01, "crop": (512, 512)}, "8"),
+    ("context60", {"epochs": 120, "lr": 0.001, "crop": (512, 512)}, "8"),
+    ("camvid", {"epochs": 120, "lr": 0.001, "crop": (640, 640)}, "8")])
+def test_recipes_are_the_papers(dataset, stated, section):
+    """Sec. 4.1 and Sec. 8, number by number, and each says where it stands (N14)."""
+    recipe = dict(sfnet.RECIPES[dataset])
+    backbone, source = recipe.pop("backbone")
+    assert backbone in ("resnet18", "resnet50") and "deep stem" in source
+    assert {name: value for name, (value, _) in recipe.items()} == SETTING | stated
+    for name in {*stated, "batch"}:
+        assert recipe[name][1] == f"paper, Sec. {section}"
+    for name, (_, source) in recipe.items():
+        assert source.startswith(("paper, Sec.", "official code", "the paper names "))
+        if section == "8" and name in ("weight_decay", "power", "scale", "momentum"):
+            assert source == "paper, Sec. 4.1, since Sec. 8 names none"
+
+
+# --- The official code, restated -----------------------------------------------------
+
+
+def official_shapes(deep: bool, K: int, D: int) -> dict[str, tuple]:
+    """Names and shapes in a checkpoint of SFSegNets, on ResNet-18 or ResNet-50."""
+    shapes = {}
+
+    def convolution(name, outputs, inputs, kernel, bias=False):
+        shapes[f"{name}.weight"] = outputs, inputs, kernel, kernel
+        if bias:
+            shapes[f"{name}.bias"] = outputs,
+
+    def norm(name, channels):
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            shapes[f"{name}.{part}"] = channels,
+        shapes[f"{name}.num_batches_tracked"] = ()
+
+    for i, (inputs, outputs) in enumerate([(3, 64), (64, 64), (64, 128)]):
+        convolution(f"layer0.0.{3 * i}", outputs, inputs, 3)
+        norm(f"layer0.0.{3 * i + 1}" if i < 2 else "layer0.1", outputs)
+    inputs = 128
+    widths = []
+    for level, count in enumerate((3, 4, 6, 3) if deep else (2, 2, 2, 2)):
+        width = 64 * 2**level
+        outputs = 4 * width if deep else width
+        sides = (1, 3, 1) if deep else (3, 3)
+        for block in range(count):
+            name = f"layer{level + 1}.{block}"
+            if block == 0 and (level > 0 or inputs != outputs):
+                convolution(f"{name}.downsample.0", outputs, inputs, 1)
+                norm(f"{name}.downsample.1", outputs)
+            for i, side in enumerate(sides, 1):
+                last = outputs if i == len(sides) else width
+                convolution(f"{name}.conv{i}", last, inputs if i == 1 else width, side)
+                norm(f"{name}.bn{i}", last)
+            inputs = outputs
+        widths.append(outputs)
+    for i in range(4):
+        convolution(f"head.ppm.stages.{i}.1", D, widths[3], 1)
+        norm(f"head.ppm.stages.{i}.2", D)
+    convolution("head.ppm.bottleneck.0", D, widths[3] + 4 * D, 1)
+    norm("head.ppm.bottleneck.1", D)
+    for i in range(3):
+        convolution(f"head.fpn_in.{i}.0", D, widths[i], 1, bias=True)
+        norm(f"head.fpn_in.{i}.1", D)
+        convolution(f"head.fpn_out.{i}.0.0", D, D, 3)
+        norm(f"head.fpn_out.{i}.0.1", D)
+        convolution(f"head.fpn_out_align.{i}.down_h", D // 2, D, 1)
+        convolution(f"head.fpn_out_align.{i}.down_l", D // 2, D, 1)
+        convolution(f"head.fpn_out_align.{i}.flow_make", 2, D, 3)
+        convolution(f"head.dsn.{i}.0", D, D, 3, bias=True)
+        norm(f"head.dsn.{i}.1", D)
+        convolution(f"head.dsn.{i}.4", K, D, 1, bias=True)
+    convolution("head.conv_last.0.0", D, 4 * D, 3)
+    norm("head.conv_last.0.1", D)
+    convolution("head.conv_last.1", K, D, 1, bias=True)
+    return shapes
+
+
+def random_checkpoint(deep=False, K=5, D=16) -> dict[str, torch.Tensor]:
+    """Random weights in float64 under which signals keep their size and flows do not.
+
+    The convolutions of the flow are large, so that it is pixels long.
+    """
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for name, shape in official_shapes(deep, K, D).items():
+        if name.endswith("num_batches_tracked"):
+            state[name] = torch.tensor(3)
+            continue
+        x = torch.randn(shape, dtype=torch.float64, generator=generator)
+        if len(shape) == 4:
+            x = x * (2 / math.prod(shape[1:])) ** 0.5
+        elif name.endswith(("running_var", "weight")):
+            x = 1 + 0.5 * x.tanh()
+        else:
+            x = 0.1 * x
+        state[name] = 3 * x if "flow_make" in name else x
+    return state
+
+
+class Official:
+    """SFSegNets' network on named tensors: what it computes, step by step.
+
+    `dilated` is its variant D. Dropout is left out. In training the running statistics
+    in `state` are updated.
+    """
+
+    def __init__(self, state, *, training, dilated=True):
+        self.state, self.training, self.dilated = state, training, dilated
+
+    def conv(self, x, name, stride=1, dilation=1):
+        weight = self.state[f"{name}.weight"]
+        padding = weight.shape[-1] // 2 * dilation
+        return F.conv2d(x, weight, self.state.get(f"{name}.bias"), stride, padding,
+                        dilation)
+
+    def norm(self, x, name):
+        mean, var, weight, bias = (self.state[f"{name}.{part}"] for part in (
+            "running_mean", "running_var", "weight", "bias"))
+        return F.batch_norm(x, mean, var, weight, bias, self.training)
+
+    def block(self, x, name, stride, dilation):
+        """A residual block: conv2 is dilated, the stride is in the first 3x3."""
+        deep = f"{name}.conv3.weight" in self.state
+        y = self.conv(x, f"{name}.conv1", 1 if deep else stride)
+        y = self.norm(y, f"{name}.bn1").relu()
+        y = self.conv(y, f"{name}.conv2", stride if deep else 1, dilation)
+        y = self.norm(y, f"{name}.bn2")
+        if deep:
+            y = self.norm(self.conv(y.relu(), f"{name}.conv3"), f"{name}.bn3")
+        if f"{name}.downsample.0.weight" in self.state:
+            x = self.conv(x, f"{name}.downsample.0", stride)
+            x = self.norm(x, f"{name}.downsample.1")
+        return (x + y).relu()
+
+    def stages(self, images):
+        x = self.norm(self.conv(images, "layer0.0.0", 2), "layer0.0.1").relu()
+        x = self.norm(self.conv(x, "layer0.0.3"), "layer0.0.4").relu()
+        x = self.norm(self.conv(x, "layer0.0.6"), "layer0.1").relu()
+        x = F.max_pool2d(x, 3, 2, 1)
+        outputs = []
+        for level, dilation in ((1, 1), (2, 1), (3, 2), (4, 4)):
+            block = 0
+            while f"layer{level}.{block}.conv1.weight" in self.state:
+                stride = 2 if level > 1 and block == 0 else 1
+                x = self.block(x, f"layer{level}.{block}", stride,
+                               dilation if self.dilated else 1)
+                block += 1
+            outputs.append(x)
+        return outputs
+
+    def enlarge(self, x, like):
+        return F.interpolate(x, like.shape[-2:], mode="bilinear", align_corners=True)
+
+    def pooling(self, x):
+        parts = []
+        for i, side in enumerate((1, 2, 3, 6)):
+            y = self.conv(F.adaptive_avg_pool2d(x, side), f"head.ppm.stages.{i}.1")
+            parts.append(self.enlarge(self.norm(y, f"head.ppm.stages.{i}.2"), x))
+        y = self.conv(torch.cat([*parts, x], 1), "head.ppm.bottleneck.0")
+        return self.norm(y, "head.ppm.bottleneck.1").relu()
+
+    def align(self, fine, coarse, name):
+        """The flow, divided by (width, height), is added to a grid from -1 to 1."""
+        q, r = fine.shape[-2:]
+        both = torch.cat([self.enlarge(self.conv(coarse, f"{name}.down_h"), fine),
+                          self.conv(fine, f"{name}.down_l")], 1)
+        flow = self.conv(both, f"{name}.flow_make")
+        x = torch.linspace(-1, 1, r, dtype=fine.dtype) + flow[:, 0] / r
+        y = torch.linspace(-1, 1, q, dtype=fine.dtype)[:, None] + flow[:, 1] / q
+        return F.grid_sample(coarse, torch.stack([x, y], -1), align_corners=True)
+
+    def __call__(self, images):
+        """-> logits, and those of the auxiliary heads from coarse to fine."""
+        stages = self.stages(images)
+        coarse = self.pooling(stages[3])
+        levels, aux = [coarse], []
+        for i in (2, 1, 0):
+            fine = self.conv(stages[i], f"head.fpn_in.{i}.0")
+            fine = self.norm(fine, f"head.fpn_in.{i}.1").relu()
+            coarse = fine + self.align(fine, coarse, f"head.fpn_out_align.{i}")
+            smooth = self.conv(coarse, f"head.fpn_out.{i}.0.0")
+            levels.insert(0, self.norm(smooth, f"head.fpn_out.{i}.0.1").relu())
+            y = self.norm(self.conv(coarse, f"head.dsn.{i}.0"), f"head.dsn.{i}.1")
+            aux.append(self.enlarge(self.conv(y.relu(), f"head.dsn.{i}.4"), images))
+        x = torch.cat([self.enlarge(level, levels[0]) for level in levels], 1)
+        x = self.norm(self.conv(x, "head.conv_last.0.0"), "head.conv_last.0.1").relu()
+        return self.enlarge(self.conv(x, "head.conv_last.1"), images), aux
+
+
+def released(backbone="resnet18s", **options):
+    """The variant `released` in float64, without dropout."""
+    model = common.build_model("sfnet:released", 5, backbone=backbone, **options)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout2d):
+            module.p = 0.0
+    return model.double()
+
+
+@pytest.mark.parametrize("backbone, dilated, size", [
+    ("resnet18s", True, (65, 97)), ("resnet18s", False, (96, 64)),
+    ("resnet50s", True, (64, 64))])
+def test_released_network_is_the_official_one(backbone, dilated, size, monkeypatch):
+    """Equal weights, equal logits, gradients and statistics: N1 to N10 in one.
+
+    An unequal flow unit, order of levels or dilation changes the first digit.
+    """
+    deep = backbone == "resnet50s"
+    state = random_checkpoint(deep)
+    model = released(backbone, extra_dilation=dilated, channels=16)
+    model.load_state_dict(sfnet.convert(state, model))
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x)  # FAM's float32: not here
+    images = torch.randn(2, 3, *size, dtype=torch.float64)
+    close = dict(rtol=1e-10, atol=1e-10)
+    with torch.no_grad():
+        logits, _ = Official(state, training=False, dilated=dilated)(images)
+        torch.testing.assert_close(model.eval()(images)["out"], logits, **close)
+
+    learned = {name: x.requires_grad_() for name, x in state.items()
+               if name.endswith(("weight", "bias"))}
+    logits, aux = Official(state, training=True, dilated=dilated)(images)
+    ours = model.train()(images)
+    torch.testing.assert_close(ours["out"], logits, **close)
+    assert len(aux) == 3
+    for a, b in zip(ours["aux"], aux, strict=True):
+        torch.testing.assert_close(a, b, **close)
+    for out, others in ((ours["out"], ours["aux"]), (logits, aux)):
+        sum(x.sin().mean() for x in (out, *others)).backward()
+    gradients = sfnet.convert(state | {n: x.grad for n, x in learned.items()}, model)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], **close)
+    for name, buffer in model.named_buffers():
+        if not name.endswith("num_batches_tracked"):
+            torch.testing.assert_close(buffer, gradients[name], **close)
+
+
+def test_the_flow_unit_of_the_release():
+    """N2: 1 is (r - 1) / (2 r) fine pixels along x, (q - 1) / (2 q) along y.
+
+    With weights multiplied by that, the paper's unit gives the same function.
+    """
+    q, r = 9, 17
+    flow = sfnet.in_pixels(torch.ones(1, 2, q, r), "released")
+    torch.testing.assert_close(flow[0, 0], torch.full((q, r), (r - 1) / (2 * r)))
+    torch.testing.assert_close(flow[0, 1], torch.full((q, r), (q - 1) / (2 * q)))
+    ours, theirs = sfnet.FAM(4), sfnet.FAM(4, flow_unit="released")
+    theirs.load_state_dict(ours.state_dict())
+    coarse, fine = torch.randn(1, 4, 5, 9), torch.randn(1, 4, q, r)
+    assert (ours(coarse, fine) - theirs(coarse, fine)).abs().max() > 0.01
+    with torch.no_grad():
+        ours.flow.weight[0] *= (r - 1) / (2 * r)
+        ours.flow.weight[1] *= (q - 1) / (2 * q)
+    torch.testing.assert_close(ours(coarse, fine), theirs(coarse, fine))
+
+
+def test_a_checkpoint_without_flow_is_the_ordinary_pyramid():
+    """SFSegNets' UperNetHead has all names but FAM's, as our variant `fpn` has."""
+    state = {f"module.{name}": x for name, x in random_checkpoint().items()
+             if "align" not in name}
+    model = common.build_model("sfnet:fpn", 5, backbone="resnet18s", channels=16)
+    model.load_state_dict(sfnet.convert({"state_dict": state}, model))
+
+
+@pytest.mark.parametrize("spec, options, change, said", [
+    ("sfnet", {}, {}, "build sfnet:released"),
+    ("sfnet:released", {"aux": False}, {}, "head.dsn.0.0.weight"),
+    ("sfnet:released", {"backbone": "resnet18"}, {}, "layer0.0.weight"),
+    ("sfnet:released", {"num_classes": 6}, {}, "head.conv_last.1.weight"),
+    ("sfnet:released", {"align": "dcn"}, {}, "decoder.align.res4.offsets.weight"),
+    ("sfnet:released", {}, {"head.edge.weight": torch.zeros(1)}, "head.edge.weight")])
+def test_what_does_not_fit_is_named(spec, options, change, said):
+    """Nothing is loaded in part, and nothing of the checkpoint is left over."""
+    state = {name: torch.empty(shape, device="meta")
+             for name, shape in official_shapes(deep=False, K=5, D=16).items()}
+    options = {"backbone": "resnet18s", "channels": 16, "num_classes": 5} | options
+    with torch.device("meta"):
+        model = common.build_model(spec, **options)
+    with pytest.raises(common.UserError) as error:
+        sfnet.convert(state | change, model)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("options", [{"backbone": "shufflenet_v2_x1_5"},
+                                     {"backbone": "resnet18", "output_stride": 8}])
+def test_extra_dilation_needs_a_resnet_with_its_strides(options):
+    with pytest.raises(common.UserError, match="extra_dilation is for a ResNet"):
+        common.build_model("sfnet", 5, extra_dilation=True, **options)
