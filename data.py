@@ -657,13 +657,23 @@ def warn_of_binary(dataset, indices: list[int]) -> None:
 # --- Augmentation --------------------------------------------------------------------
 
 
-def random_scale(image: Tensor, labels: Tensor, scale: tuple[float, float]):
+def fit_into(size: tuple[int, int], base_size: tuple[int, int]) -> float:
+    """The factor by which an image fits into LONG x SHORT pixels; 1 for (0, 0)."""
+    if not any(base_size):
+        return 1.0
+    return min(max(base_size) / max(size), min(base_size) / min(size))
+
+
+def random_scale(image: Tensor, labels: Tensor, scale: tuple[float, float],
+                 base_size=(0, 0)):
     """Resize both by one random factor: bilinear for the image, nearest for the labels.
 
-    torchvision picks the method by type (tv_tensors.Mask is always nearest), so ids
-    are never blended: the set of ids in a mask cannot grow.
+    `base_size` is mmsegmentation's img_scale: the factor is that of an image which was
+    made to fit into it. torchvision picks the method by type (tv_tensors.Mask is always
+    nearest), so ids are never blended: the set of ids in a mask cannot grow.
     """
     factor = torch.empty(()).uniform_(*scale).item()
+    factor *= fit_into(labels.shape[-2:], base_size)
     size = [max(1, round(n * factor)) for n in labels.shape[-2:]]
     return v2.functional.resize(image, size), v2.functional.resize(labels, size)
 
@@ -719,9 +729,11 @@ class Augmented(torch.utils.data.Dataset):
     that no colour work is spent on pixels that are thrown away.
     """
 
-    def __init__(self, dataset, *, crop, scale, photometric, seed, upper_bound=False):
+    def __init__(self, dataset, *, crop, scale, photometric, seed, base_size=(0, 0),
+                 upper_bound=False):
         self.dataset, self.seed, self.upper_bound = dataset, seed, upper_bound
-        self.crop, self.scale, self.photometric = tuple(crop), scale, photometric
+        self.crop, self.scale, self.base_size = tuple(crop), scale, tuple(base_size)
+        self.photometric = photometric
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
         epoch, index = key
@@ -729,8 +741,8 @@ class Augmented(torch.utils.data.Dataset):
         image, labels = tv_tensors.Image(image), tv_tensors.Mask(labels)
         with torch.random.fork_rng(devices=[]):  # the model's dropout must not notice
             torch.manual_seed(mix_seeds(self.seed, epoch, index))
-            if self.scale != (1.0, 1.0):
-                image, labels = random_scale(image, labels, self.scale)
+            if self.scale != (1.0, 1.0) or any(self.base_size):
+                image, labels = random_scale(image, labels, self.scale, self.base_size)
             image, labels = FLIP(*random_crop(image, labels, self.crop))
             if self.photometric:
                 image = DISTORT(image)

@@ -28,6 +28,7 @@ Paper -> code
     | Sec. 3.1        | EfficientFCN.decode               | encoder, then decoder |
     | Sec. 3.2, mask  | EfficientFCN.to_pixels            | logits at 1/8, times 8 |
     | Fig. 3          | explain                           | where codewords come from |
+    | official code   | convert                           | its checkpoint, renamed |
     | Table 1, FCN-*  | FCNDecoder                        | no way up at all |
     | Table 1, UNet-* | UNetDecoder                       | bilinear or deconvolution |
 
@@ -51,8 +52,9 @@ GMACs and parameters are those of ResNet-101 with 60 classes at 512x512 pixels.
         Paper: One 1x1 each gives A and W, and a 1x1 on f^8 gives the logits.
         Code:  Two 1x1 each for A and W, and one more in front of the classifier, from
                2 D to 1024 channels.
-        Here:  As the paper. `double` and `conv_up` are the code's layers; the variant
-               `official` has both, and N3's.
+        Here:  As the paper. `double` and `conv_up` are the code's layers. The variant
+               `official` is the code's whole decoder: it has both, and N3's res3 and
+               N7's resizing.
         Effect: The code's layers add 2.2 M parameters and 8.6 GMACs. On scores: not
                measured.
     N3  The map at stride 8.
@@ -85,16 +87,18 @@ GMACs and parameters are those of ResNet-101 with 60 classes at 512x512 pixels.
     N7  Resizing inside the decoder.
         Paper: "bilinear downsampling", and upsampling "in a similar manner".
         Code:  align_corners=True: corners are laid on corners, whatever the sizes.
-        Here:  Every map stays on the grid that the encoder's strides make, at any
-               image size: position i at 1/32 is position 4 i at 1/8.
-        Effect: Both are the same at image sides of 32 k + 1, where the variant
-               `official` and the code give equal outputs. At 512 the last row at 1/32
-               is centred on pixel 480, but the code lays it on the row at 1/8 that is
-               centred on pixel 504. There the outputs of the two decoders with the same
-               random weights differ by up to 0.071, where the largest is 0.65, and 85 %
-               of the positions keep their class (measured). So released weights would
-               not give the released scores here. On the procedural streets no
-               difference was seen.
+        Here:  `grid="exact"`: every map stays on the grid that the encoder's strides
+               make, at any image size, and position i at 1/32 is position 4 i at 1/8.
+               `grid="corners"` is the code's, and the variant `official` has it. The
+               last step, from 1/8 to pixels, is the code's for both, at image sides
+               that 8 divides; the code meets no others.
+        Effect: Both are the same at image sides of 32 k + 1. At 512 the last row at
+               1/32 is centred on pixel 480, but "corners" lays it on the row at 1/8
+               that is centred on pixel 504. With the same random weights, `official`
+               and the code's decoder give equal outputs and gradients at both sizes. In
+               place of "corners", "exact" changes the outputs at 512 by up to 0.071,
+               where the largest is 0.65, and 85 % of the positions keep their class
+               (measured). So released weights need "corners". On scores: not measured.
     N8  Bias of A's last batch norm.
         Paper: Silent.
         Code:  There.
@@ -116,19 +120,53 @@ GMACs and parameters are those of ResNet-101 with 60 classes at 512x512 pixels.
         Effect: The U-Nets' costs are met and prove nothing. On scores: not measured.
     N11 Stem and shortcuts of the encoder.
         Paper: "the original ResNet" (Sec. 4.1).
-        Code:  Three 3x3 convolutions as stem, and shortcuts that average before they
-               halve the resolution.
-        Here:  The backbone's suffix names the stem; shortcuts are torchvision's.
-        Effect: The costs of Table 1 need the stem (32, 32, 64), `resnet101c`. Only the
-               223.6 GMACs of dilatedFCN-8s need (64, 64, 128), `resnet101s`; with the
-               other they would be 217.8. On scores: not measured.
+        Code:  Three 3x3 convolutions (32, 32, 64) as stem, and shortcuts that average
+               2x2 positions before their 1x1, where torchvision's read one of the four.
+        Here:  The backbone's suffix names the stem. Shortcuts are torchvision's, with
+               its ImageNet weights; `pooled_shortcuts` makes them the code's, for a
+               checkpoint of the code (`convert`).
+        Effect: Both shortcuts have the same parameters and multiply-adds; weights that
+               were trained with one do not fit the other. The costs of Table 1 need the
+               stem (32, 32, 64), `resnet101c`. Only the 223.6 GMACs of dilatedFCN-8s
+               need (64, 64, 128), `resnet101s`; with the other they would be 217.8. On
+               scores: not measured.
     N12 Training.
-        Paper: 120 epochs on ADE20K, no batch size, one learning rate. PASCAL Context is
-               counted with 60 classes.
-        Code:  80 epochs on ADE20K with a batch of 32. The decoder learns at 10 times
-               the rate of the encoder. Context has 59 classes; background is ignored.
+        Paper: 120 epochs on ADE20K, no batch size, one learning rate. Images are scaled
+               by 0.5 to 2. PASCAL Context is counted with 60 classes. 85.4 of Table 6
+               is trained on VOC's augmented set, and 87.6 on COCO before that, without
+               a schedule for COCO.
+        Code:  80 epochs on ADE20K with a batch of 32; no script for VOC. The decoder
+               learns at 10 times the rate of the encoder. The scale is that of the
+               image's own long side, and a crop that is larger than the image is
+               filled with black. Context has 59 classes; background is ignored. The
+               training script reads `--num-center`, the number of codewords, but builds
+               the network without it: 256, on ADE20K too, where the test script has
+               600.
         Here:  The recipes are the paper's, with the code's batch sizes and its 10
-               times. `context59` are the code's classes, `context60` the paper's.
+               times. Crops are filled with the mean colour (data.py). `context59` are
+               the code's classes, `context60` the paper's.
+               ADE20K's 600 codewords are the variant `n600`. COCO is not a data set of
+               this library.
+        Effect: Not measured.
+    N13 Testing.
+        Paper: The mean of predictions at scales "sampled uniformly from [0.5, 2.0]",
+               mirrored at random (Sec. 4.1).
+        Code:  Fixed scales, 0.75 to 2 on Context and 0.5 to 2 on ADE20K in steps of
+               0.25, each also mirrored. exp(logits) are summed. A scale is that of the
+               image's long side, and on ADE20K that of a long side of 608 pixels,
+               whatever the image has; both sides are rounded to multiples of 32.
+        Here:  `evaluate.py score` has the code's scales, its sum and its base size as
+               options (`--scales`, `--fuse exp`, `--base-size 608 608`). Sides are not
+               rounded.
+        Effect: Not measured.
+    N14 Without the transfer (Sec. 4.2).
+        Paper: The assembly weights are predicted by "two 1x1 convolutions with the same
+               output channels on" m8, 54.2 mIoU. Whether the two have 1024 and n
+               channels, as G and W have, or n and n is left open. So is what then
+               stands beside f~8.
+        Code:  Has no such option.
+        Here:  `no-transfer` reads it as the 1x1 to G and the 1x1 to W of `default`,
+               with nothing added between them, and G beside f~8. This is a guess.
         Effect: Not measured.
 
 Run
@@ -139,6 +177,7 @@ Run
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -154,7 +193,7 @@ SCALES = tuple(STRIDES)  # in the order of m8 and m32
 CODE = {"double": True, "conv_up": True}  # the layers that only the code has  [N2]
 VARIANTS = {
     "default": {},
-    "official": CODE | {"compress_e8": False},  # [N3]
+    "official": CODE | {"compress_e8": False, "grid": "corners"},  # [N3] [N7]
     "published-cost": CODE | {  # [N1]
         "codeword_channels": 1536, "weighting_hidden": 512},
     # Table 1: the classical ways up
@@ -174,9 +213,7 @@ VARIANTS = {
     "n512": {"codewords": 512},
     "n1024": {"codewords": 1024},
     "n600": {"codewords": 600},
-    # Sec. 4.2: the assembly weights are predicted without knowing the codewords, by
-    # "two 1x1 convolutions with the same output channels". We read that as those of
-    # `default`, one to G and one to W, which is a guess.
+    # Sec. 4.2: the assembly weights are predicted without knowing the codewords  [N14]
     "no-transfer": {"transfer": False},
 }
 
@@ -189,13 +226,14 @@ SCHEDULE = {"lr": (0.001, PAPER), "head_lr": (10.0, OFFICIAL),
             "momentum": (0.9, PAPER), "power": (0.9, PAPER),
             "min_lr": (0.0, "paper, Sec. 4.1: plain poly"),
             "warmup": (0, "paper, Sec. 4.1: none"), "scale": ((0.5, 2.0), PAPER),
+            "base_size": ((0, 0), "official code: the image's own size"),  # [N12]
             "photometric": (False, "paper, Sec. 4.1: only flip and scale"),
-            "aux_weight": (0.4, "ours, used by the U-Nets only"),  # [N10]
+            "aux_weight": (0.4, "the paper has none; of the U-Nets, ours"),  # [N10]
             "crop": ((512, 512), PAPER), "epochs": (120, PAPER)}
-RECIPES = {
+RECIPES = {  # of training [N12]; how the networks are tested is in [N13]
     "context60": SCHEDULE,
-    "context59": SCHEDULE,  # [N12]
-    "voc": SCHEDULE | {
+    "context59": SCHEDULE,
+    "voc": SCHEDULE | {  # the augmented set, --dataset voc-aug (Sec. 4.3)
         "lr": (0.002, PAPER), "epochs": (80, PAPER),
         "batch": (16, "official code, for PASCAL Context")},
     "ade20k": SCHEDULE | {  # with 600 codewords, `efficientfcn:n600`
@@ -232,9 +270,25 @@ def to_grid(x: Tensor, factor: float, size: tuple[int, int]) -> Tensor:
     return x[..., :q, :r]
 
 
-def fuse(maps: dict[str, Tensor], stride: int, size: tuple[int, int]) -> Tensor:
+def to_corners(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """The code's resizing: the outer rows and columns are laid on each other.  [N7]
+
+    16 rows become 64 with row i on row 63/15 i = 4.2 i. In the image it is at 4 i, so
+    what the last row knows is assembled 3 rows, 24 pixels, too far down.
+    """
+    if x.shape[-2:] == size:
+        return x
+    return F.interpolate(x, size, mode="bilinear", align_corners=True)
+
+
+def fuse(maps: dict[str, Tensor], stride: int, size: tuple[int, int], *,
+         grid="exact") -> Tensor:
     """m32 or m8 of Sec. 3.2: the named stages on one grid, side by side."""
-    resized = [to_grid(x, STRIDES[stage] / stride, size) for stage, x in maps.items()]
+    if grid == "corners":
+        resized = [to_corners(x, size) for x in maps.values()]
+    else:
+        resized = [to_grid(x, STRIDES[stage] / stride, size)
+                   for stage, x in maps.items()]
     return torch.cat(resized, dim=1)
 
 
@@ -309,8 +363,9 @@ class HolisticallyGuidedDecoder(nn.Module):
     def __init__(self, stages: dict[str, int], num_classes: int, *, channels: int,
                  codewords: int, codeword_channels: int, codebook_scales: tuple,
                  guidance_scales: tuple, transfer: bool, compress_e8: bool,
-                 double: bool, weighting_hidden: int, conv_up: bool):
+                 double: bool, weighting_hidden: int, conv_up: bool, grid="exact"):
         super().__init__()
+        self.grid = grid
         check_scales(codebook_scales=codebook_scales, guidance_scales=guidance_scales)
         self.codebook_scales = codebook_scales
         self.guidance_scales = guidance_scales
@@ -343,8 +398,10 @@ class HolisticallyGuidedDecoder(nn.Module):
         q, r = features["res3"].shape[-2:]
         e = features | {"res5": context}  # e8, e16, e32, by the name of their stage
         e |= {stage: layer(e[stage]) for stage, layer in self.compress.items()}
-        m32 = fuse({s: e[s] for s in self.codebook_scales}, 32, (h, w))  # (B, M, h, w)
-        m8 = fuse({s: e[s] for s in self.guidance_scales}, 8, (q, r))  # (B, L, q, r)
+        for_m32 = {stage: e[stage] for stage in self.codebook_scales}
+        for_m8 = {stage: e[stage] for stage in self.guidance_scales}
+        m32 = fuse(for_m32, 32, (h, w), grid=self.grid)  # (B, M, h, w)
+        m8 = fuse(for_m8, 8, (q, r), grid=self.grid)  # (B, L, q, r)
         base = self.base(m32)  # (B, D, h, w)
         G = self.guidance(m8)  # (B, D, q, r)
         if self.transfer:
@@ -379,6 +436,25 @@ def check_scales(**scales: tuple[str, ...]) -> None:
         if not names or not set(names) <= set(SCALES) or isinstance(names, str):
             raise UserError(f"{option}={names!r}: must be a tuple of some of {SCALES}, "
                             f"for instance ('res5',)")
+
+
+def pool_shortcuts(encoder: Encoder) -> None:
+    """Let the shortcuts that halve the resolution average 2x2 positions first.  [N11]
+
+    torchvision's 1x1 with stride 2 reads one position of four. The parameters keep
+    their names and shapes.
+    """
+    for stage in (encoder.res3, encoder.res4, encoder.res5):
+        shortcut = getattr(stage[0], "downsample", None)
+        if not isinstance(shortcut, nn.Sequential):
+            raise UserError("pooled_shortcuts: only a ResNet has shortcuts to pool")
+        conv, norm = shortcut
+        if conv.stride == (1, 1):
+            continue  # a dilated stage: nothing is halved
+        conv.stride = (1, 1)
+        pool = nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False)
+        stage[0].downsample = nn.Sequential(
+            OrderedDict([("pool", pool), ("0", conv), ("1", norm)]))
 
 
 # The rivals of Table 1. Their `forward` has the same arguments and gives the same two
@@ -487,8 +563,8 @@ class EfficientFCN(nn.Module):
 def build(num_classes: int, *, backbone="resnet50", weights="none", decoder="hgd",
           channels=512, codewords=256, codeword_channels=None, codebook_scales=SCALES,
           guidance_scales=SCALES, transfer=True, compress_e8=True, double=False,
-          weighting_hidden=0, conv_up=False, output_stride=32,
-          aux=True) -> EfficientFCN:
+          weighting_hidden=0, conv_up=False, grid="exact", pooled_shortcuts=False,
+          output_stride=32, aux=True) -> EfficientFCN:
     """EfficientFCN or one of its rivals; VARIANTS names the rows of the tables.
 
     decoder           'hgd', 'fcn', 'unet-bilinear' or 'unet-deconv' (Table 1)
@@ -502,15 +578,21 @@ def build(num_classes: int, *, backbone="resnet50", weights="none", decoder="hgd
     double            second 1x1 for A and for W  [N2]
     weighting_hidden  width of one more 1x1 in A; 0: none  [N1]
     conv_up           1x1 in front of the classifier  [N2]
+    grid              'exact', or 'corners' as in the code  [N7]
+    pooled_shortcuts  the code's shortcuts in the encoder  [N11]
     output_stride     32; 8 dilates the encoder of 'fcn'
     aux               heads of the U-Nets at 1/32 and 1/16  [N10]
     """
-    known = ("hgd", "fcn", "unet-bilinear", "unet-deconv")
-    if decoder not in known:
-        raise UserError(f"decoder={decoder!r}: must be one of {', '.join(known)}")
+    for name, value, known in (
+            ("decoder", decoder, ("hgd", "fcn", "unet-bilinear", "unet-deconv")),
+            ("grid", grid, ("exact", "corners"))):
+        if value not in known:
+            raise UserError(f"{name}={value!r}: must be one of {', '.join(known)}")
     if decoder != "fcn" and output_stride != 32:
         raise UserError(f"output_stride={output_stride}: only decoder='fcn' is dilated")
     encoder = Encoder(backbone, weights=weights, output_stride=output_stride)  # [N11]
+    if pooled_shortcuts:
+        pool_shortcuts(encoder)
     stages = encoder.channels
     aux_heads = nn.ModuleList()
     if aux and decoder.startswith("unet"):
@@ -521,7 +603,7 @@ def build(num_classes: int, *, backbone="resnet50", weights="none", decoder="hgd
             codeword_channels=codeword_channels or 2 * channels,
             codebook_scales=codebook_scales, guidance_scales=guidance_scales,
             transfer=transfer, compress_e8=compress_e8, double=double,
-            weighting_hidden=weighting_hidden, conv_up=conv_up)
+            weighting_hidden=weighting_hidden, conv_up=conv_up, grid=grid)
     elif decoder == "fcn":
         decoder_module = FCNDecoder(stages, num_classes, channels=channels,
                                     stride=output_stride)
@@ -529,6 +611,76 @@ def build(num_classes: int, *, backbone="resnet50", weights="none", decoder="hgd
         decoder_module = UNetDecoder(stages, num_classes, channels=channels,
                                      deconv=decoder == "unet-deconv")
     return EfficientFCN(encoder, nn.Identity(), decoder_module, aux_heads)
+
+
+# The parts of the code's network, and what they are called here. The layers inside a
+# part are numbered alike.
+OFFICIAL_NAMES = {
+    "pretrained.conv1": "encoder.stem.0", "pretrained.bn1": "encoder.stem.1",
+    "pretrained.layer1": "encoder.res2", "pretrained.layer2": "encoder.res3",
+    "pretrained.layer3": "encoder.res4", "pretrained.layer4": "encoder.res5",
+    "head.conv50": "decoder.compress.res5", "head.conv40": "decoder.compress.res4",
+    "head.hgdmodule0.conv_cat": "decoder.base",
+    "head.hgdmodule0.conv_center": "decoder.weighting",
+    "head.hgdmodule0.conv_affinity0": "decoder.guidance",
+    "head.hgdmodule0.conv_affinity1": "decoder.assembly",
+    "head.hgdmodule0.conv_up": "decoder.conv_up",
+    "head.conv_pred3": "decoder.classify",
+}
+# A shortcut of the code is pool, convolution, norm, also where the pool does nothing.
+OFFICIAL_SHORTCUT = {".downsample.1.": ".downsample.0.",
+                     ".downsample.2.": ".downsample.1."}
+
+
+def convert(state: dict[str, Tensor], model: EfficientFCN) -> dict[str, Tensor]:
+    """The state dict of the official code's network, in the names of `model`.
+
+    `model` must be that network: `efficientfcn:official` with pooled_shortcuts=True,
+    the backbone resnet50c or resnet101c, and the checkpoint's number of classes and
+    codewords. The code's ImageNet classifier is left out; it is never used.
+    """
+    shortcut = getattr(model.encoder.res3[0], "downsample", None)
+    if not hasattr(shortcut, "pool") or getattr(model.decoder, "grid", "") != "corners":
+        raise UserError("convert: shapes would fit, but this model would compute "
+                        "something else; build efficientfcn:official with "
+                        "pooled_shortcuts=True")
+    own = model.state_dict()
+    converted = {}
+    strangers = []
+    for name, value in state.items():
+        translated = own_name(name)
+        if translated in own and value.shape == own[translated].shape:
+            converted[translated] = value
+        elif translated:
+            strangers.append(f"{name} {tuple(value.shape)}")
+    # Files of old versions of torch lack the batch norms' counters, which train only.
+    missing = [name for name in own if name not in converted]
+    counters = [name for name in missing if name.endswith("num_batches_tracked")]
+    converted |= {name: own[name] for name in counters}
+    missing = [name for name in missing if name not in counters]
+    if strangers or missing:
+        faults = strangers[:3] + [f"no {name}" for name in missing[:3]]
+        raise UserError(
+            f"convert: {len(strangers)} tensors have no place in this model and "
+            f"{len(missing)} of its own stay empty ({', '.join(faults)} ..). Are "
+            f"backbone, classes and codewords those of the checkpoint?")
+    return converted
+
+
+def own_name(name: str) -> str:
+    """A name of the official code in ours; "" for the classifier that is not used."""
+    for wrapper in ("module.", "model."):  # of parallel training, and of its loss
+        name = name.removeprefix(wrapper)
+    if name.startswith("pretrained.fc."):
+        return ""
+    for part, ours in OFFICIAL_NAMES.items():
+        if name.startswith(part + "."):
+            name = ours + name.removeprefix(part)
+            break
+    for theirs, ours in OFFICIAL_SHORTCUT.items():
+        if theirs in name:
+            return name.replace(theirs, ours)
+    return name
 
 
 # --- 5. Explain ----------------------------------------------------------------------

@@ -30,6 +30,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,8 @@ class Protocol:
                   with large logits more
     window        (h, w) of sliding windows over the resized image, None: all of it
     stride        from one window to the next; None: two thirds of a window
+    base_size     (long, short) into which an image is made to fit before it is scaled,
+                  (0, 0): its own size
     max_pixels    leave out scales at which the image has more, 0: none
     pass_pixels   most pixels that go through the network at once, 0: any; a larger
                   image goes in windows, halved until they are small enough
@@ -74,6 +77,7 @@ class Protocol:
     fuse: str = "mean"
     window: tuple[int, int] | None = None
     stride: tuple[int, int] | None = None
+    base_size: tuple[int, int] = (0, 0)
     max_pixels: int = 0
     pass_pixels: int = 0
 
@@ -87,6 +91,8 @@ class Protocol:
         said += " + flip" if self.flip else ""
         if self.flip or len(self.scales) > 1:
             said += {"mean": ", mean softmax", "exp": ", sum of exp"}[self.fuse]
+        if any(self.base_size):
+            said += ", resized into {}x{}".format(*self.base_size)
         return said + (f", <= {self.max_pixels} px" if self.max_pixels else "")
 
     def steps(self, window: tuple[int, int]) -> tuple[int, int]:
@@ -96,7 +102,9 @@ class Protocol:
 
     def passes(self, H: int, W: int) -> list[tuple[tuple[int, int], bool]]:
         """[(size, mirrored)] for an image of H x W pixels."""
-        sizes = [(max(1, round(H * s)), max(1, round(W * s))) for s in self.scales]
+        base = data.fit_into((H, W), self.base_size)
+        sizes = [(max(1, round(H * base * s)), max(1, round(W * base * s)))
+                 for s in self.scales]
         kept = [s for s in sizes if not self.max_pixels
                 or s[0] * s[1] <= self.max_pixels]
         if not kept:
@@ -259,7 +267,7 @@ def predict_in_memory(model: nn.Module, images: Tensor,
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-        largest = round(H * max(protocol.scales)), round(W * max(protocol.scales))
+        largest, _ = max(protocol.passes(H, W))
         window = halved(protocol.window or largest)
         protocol = replace(protocol, window=window, stride=None)
         full = ["out of memory, so {}x{} in windows of {}x{}".format(H, W, *window)]
@@ -543,7 +551,7 @@ def protocol_of(args, *, device: str) -> Protocol:
         at_once = CPU_PIXELS if device == "cpu" else 0
     pair = lambda x: tuple(x) if x else None
     return Protocol(tuple(args.scales), args.flip, args.fuse, pair(args.window),
-                    pair(args.stride), args.max_pixels, at_once)
+                    pair(args.stride), tuple(args.base_size), args.max_pixels, at_once)
 
 
 def open_scored(args, checkpoint: dict):
@@ -852,29 +860,35 @@ def booked(rule: str, layer: nn.Module, x: Tensor, y: Tensor) -> int:
     return x.numel() if rule != "thop" and isinstance(layer, pooling) else 0
 
 
-def recount(rule: str, model: nn.Module, images: Tensor, plain: dict) -> dict:
-    """{part: G operations} as one of RULES counts them; `plain` is count_cost's."""
-    if rule == "plain":
-        return {part: cost["gmacs"] for part, cost in plain.items()}
-    if rule.startswith("2x"):
-        with_T = count_cost(model, images, divisions=True) if rule == "2x+T" else plain
-        return {part: 2 * cost["gmacs"] for part, cost in with_T.items()}
-    sums = dict.fromkeys(plain, 0)
+def listen(rule: str, model: nn.Module) -> dict[str, float]:
+    """G operations that `rule` books, by part: they come when the model is called."""
+    sums = dict.fromkeys([name for name, _ in model.named_children()], 0.0)
 
-    def add(name):
-        part = name.split(".")[0]
-        part = part if part in plain else [*plain][-2]  # the decoder, or the model
-
+    def add(part):
         def hook(layer, inputs, output):
             if isinstance(output, Tensor):
                 sums[part] += booked(rule, layer, inputs[0], output) / 1e9
         return hook
     for name, layer in model.named_modules():
-        if not list(layer.children()):
-            layer.register_forward_hook(add(name))
-    with torch.no_grad():
-        model(images)
-    return sums | {"total": sum(sums.values())}
+        if not list(layer.children()) and name:
+            layer.register_forward_hook(add(name.split(".")[0]))
+    return sums
+
+
+@cache  # several tables print one network
+def network_cost(spec: str, num_classes: int, size: tuple[int, int], backbone: str,
+                 options: str, rule: str) -> tuple[dict, dict]:
+    """count_cost of a network, and {part: G operations} as `rule` counts them."""
+    more = {key: ast.literal_eval(text) for key, _, text in
+            (pair.partition("=") for pair in options.split())}
+    model, images = shapes_only(spec, num_classes, size, backbone=backbone, **more)
+    sums = listen(rule, model)
+    parts = count_cost(model, images)
+    if rule == "plain" or rule.startswith("2x"):
+        counted = count_cost(model, images, divisions=True) if rule == "2x+T" else parts
+        factor = 1 if rule == "plain" else 2
+        return parts, {part: factor * cost["gmacs"] for part, cost in counted.items()}
+    return parts, sums | {"total": sum(sums.values())}
 
 
 def cost_row(config: dict, values: dict, rule: str | None) -> dict:
@@ -893,12 +907,8 @@ def cost_row(config: dict, values: dict, rule: str | None) -> dict:
     if (variant or "default") not in load_method(method)[0].VARIANTS:
         return result
     size = tuple(map(int, config["size"].split("x")))
-    options = {key: ast.literal_eval(text) for key, _, text in
-               (pair.partition("=") for pair in config["options"].split())}
-    model, images = shapes_only(config["method"], int(config["classes"]), size,
-                                backbone=config["backbone"], **options)
-    parts = count_cost(model, images)
-    counted = recount(result["rule"], model, images, parts)
+    parts, counted = network_cost(config["method"], int(config["classes"]), size,
+                                  config["backbone"], config["options"], result["rule"])
     for quantity, row in values.items():
         if quantity not in QUANTITIES:
             continue
@@ -1126,6 +1136,9 @@ def protocol_options() -> argparse.ArgumentParser:
                        help="sliding windows of this size (default: whole image)")
     group.add_argument("--stride", nargs=2, type=int, metavar=("H", "W"),
                        help="from window to window (default: two thirds of it)")
+    group.add_argument("--base-size", nargs=2, type=int, default=[0, 0],
+                       metavar=("LONG", "SHORT"),
+                       help="make each image fit into it before it is scaled")
     group.add_argument("--max-pixels", type=int, default=0, metavar="N",
                        help="leave out scales at which the image has more")
     group.add_argument("--pass-pixels", type=int, metavar="N",

@@ -47,18 +47,22 @@ mmsegmentation. GMACs are those of 1024x2048 pixels, ResNet-50 and 19 classes.
         Paper: Names none. g takes the raw coordinates and the guidance map.
         Code:  A batch norm with weight and bias works on the concatenation of
                coordinates and guidance. Coordinates alone (no guidance) stay raw.
-        Here:  The same batch norm. Before it, the coordinates are brought to mean 0 and
-               variance 1 once and for all, also where no guidance and hence no batch
-               norm follows. There is no option for raw coordinates.
+        Here:  The same. Only where the batch norm follows, the coordinates are brought
+               to mean 0 and variance 1 before it, once and for all.
+               `standardise=True` does so without guidance, too.
         Effect: Before a batch norm it changes nothing but the share of its eps: 5.6e-5
                of x and y (computed). The running statistics are other numbers, however,
-               so those of channels 0 and 1 of a released checkpoint must be converted.
-               Without guidance it does change g. For the same theta, logits of up to
-               5.6 differ by up to 3.7, and the two agree on the class of 83 % of the
-               points. The reason for it: raw coordinates put the lines at which the
-               ReLUs of g's first layer switch, w . (x, y) = -b, close to the corner
-               (0, 0) of the patch as long as b is small, and ours put them close to its
-               centre. On streets the difference in mIoU is smaller than between seeds.
+               so those of channels 0 and 1 of a released checkpoint must be converted;
+               `convert` does, and takes out the 5.6e-5 as well (equal to 1e-10 then, in
+               training and in eval, see tests/test_nrd.py).
+               Without guidance `standardise` changes g. For the same theta, logits of
+               up to 5.6 differ by up to 3.7, and the two agree on the class of 83 % of
+               the points. The reason: raw coordinates put the lines at which the ReLUs
+               of g's first layer switch, w . (x, y) = -b, close to the corner (0, 0) of
+               the patch as long as b is small; standardised ones put them close to its
+               centre. On streets (`no-guidance`, from scratch, 450 steps, seeds 0 and
+               1) raw ones give an mIoU of 0.3800 and 0.3809, standardised ones 0.3927
+               and 0.3912.
     N2  Initialisation of the controller's last layer, the one that writes theta.
         Paper: Silent.
         Code:  Xavier weights divided by P, and bias 0. All three layers of g then start
@@ -71,14 +75,16 @@ mmsegmentation. GMACs are those of 1024x2048 pixels, ResNet-50 and 19 classes.
                features are divided by sqrt(512). Without this division one step of SGD
                moves theta hundreds of times as far as the gradient of theta says, which
                kills ReLUs of g: on CamVid all 16 of the second layer in 75 steps.
-        Effect: mIoU 0.556 with "mlp" and 0.298 with "official" (streets, ResNet-18 from
-               scratch, 450 steps, seed 0).
+        Effect: mIoU 0.556 with "mlp" and 0.298 with the official last layer (streets,
+               ResNet-18 from scratch, 450 steps, seed 0). In both all other layers had
+               torch's initialisation; with the official one of N11: not measured.
     N3  Range of the coordinate map Q.
         Paper: "[0 : 1/s : 1] is the range from 0 to 1 with step 1/s", s values a side.
         Code:  0, 1/8, .., 7/8, which leaves out 1 and is not centred in the patch. The
                first channel is x.
         Here:  As the code.
-        Effect: None. A shift or a stretch of Q is undone by N1's normalisation.
+        Effect: With guidance none: a shift or a stretch of Q is undone by N1's
+               normalisation. Without guidance not measured.
     N4  Order of the numbers in theta.
         Paper: "split and reshaped into the weights and biases".
         Code:  Weights, then biases, of the first, the second and the third layer. The
@@ -121,10 +127,13 @@ mmsegmentation. GMACs are those of 1024x2048 pixels, ResNet-50 and 19 classes.
         Paper: Silent.
         Code:  Works for multiples of 32 only, because otherwise the guidance map and
                the grid of the cells' points have different sizes. Test images of ADE20K
-               and Context are padded with zeros to such multiples.
-        Here:  The last row and the last column of the guidance map are repeated up to
-               the grid of cells, and the logits are cut to the image.
-        Effect: None at multiples of 32. Elsewhere not measured.
+               and Context are padded to such multiples, with zeros after normalisation,
+               and the logits cut.
+        Here:  Not padded. The last row and the last column of the guidance map are
+               repeated up to the grid of cells, and the logits are cut to the image.
+        Effect: None at multiples of 32. Elsewhere the encoder sees zeros of its own
+               convolutions beyond the border instead of up to 31 pixels of mean colour;
+               not measured.
     N10 Dimensions of DUC and CARAFE.
         Paper: Names none.
         Code:  Neither decoder is in the release.
@@ -134,32 +143,52 @@ mmsegmentation. GMACs are those of 1024x2048 pixels, ResNet-50 and 19 classes.
                was built and not used would explain them. CARAFE comes within 0.5 % of
                the printed 203.0. Its reassembly, 1.7 GMACs, is not in that number,
                because the paper's counter does not see it.
-    N11 Initialisation of all other convolutions of the decoder and of ASPP.
+    N11 Initialisation of all other convolutions of the heads and of ASPP.
         Paper: Silent.
-        Code:  mmcv's default for convolutions with a batch norm: Kaiming normal with
-               fan_out. The last layer of the auxiliary head has a standard deviation of
-               0.01.
-        Here:  torch's default, also with `init="official"`.
+        Code:  mmcv's for convolutions with a batch norm: Kaiming normal with fan_out.
+               The guidance map's 1x1 has it, too, though no norm is its own. The
+               classifier of the auxiliary head has a standard deviation of 0.01.
+        Here:  `init="official"` is the code's, and for the rivals of Tables 1 and 3 the
+               same rule, classifiers with 0.01 included. (CARAFE's two convolutions for
+               its weights keep torch's default.) `init="mlp"` is torch's default.
         Effect: Before a batch norm the scale of weights does not change the function,
                but how fast they turn under SGD: the larger, the slower, by the square.
-               The official standard deviation divided by ours is 4.9 in ASPP's 1x1, 5.5
-               in its projection, 2.45 in the controller's 3x3, 5.65 in the guidance
-               map's 3x3 and 0.05 in the depthwise 3x3 (measured). On scores: not
-               measured.
+               The official standard deviation divided by torch's is 4.9 in ASPP's 1x1,
+               5.5 in its projection, 2.45 in the controller's 3x3, 5.65 in the guidance
+               map's 3x3 and 0.05 in the depthwise 3x3, and 0.01 / 0.036 in the
+               auxiliary classifier (measured). On scores: not measured.
     N12 Recipes: steps, encoder, scales.
         Paper: Sec. 3 has 160,000 steps for ADE20K and 80,000 for Context and for
-               Cityscapes; Table 1 has 84,000. Tables 5 and 6 have NRD with
-               ResNet-101 and ResNeXt-101 only.
-        Code:  164,000 and 84,000 steps, 4,000 of which are warm-up. The stem of the
-               ResNets is deep: three 3x3 convolutions instead of one 7x7. Stem and
-               first stage of ResNeXt-101 are frozen. Images of ADE20K are resized to
-               fit into 2048x512 and those of Context into 520x520, in training and in
-               testing; in training this size is first scaled by 0.5 to 2.
-        Here:  Steps as the code. The encoder is ResNet-50 with the 7x7 stem, because
-               torchvision has ImageNet weights for that one; `--backbone resnet101c
-               --weights FILE` is the paper's. Nothing is frozen. The scale multiplies
-               an image's own size, and test images keep theirs.
-        Effect: Not measured.
+               Cityscapes; Table 1 has 84,000, and Table 3 "80k iterations with a 4k
+               linear warm-up". ResNet-50 is the encoder of Tables 1 to 4; Tables 5 and
+               6 have NRD with ResNet-101 and ResNeXt-101 only, Table 7 with ResNet-50
+               and ResNet-101.
+        Code:  164,000 and 84,000 steps, the first 4,000 of which are the warm-up. It
+               begins at a hundredth of the rate. The stem of the ResNets is deep: three
+               3x3 convolutions instead of one 7x7. Stem and first stage of ResNeXt-101
+               are frozen. Images of ADE20K are resized to fit into 2048x512 and those
+               of Context into 520x520, in training and in testing; in training this
+               size is first scaled by 0.5 to 2.
+        Here:  As the code, with the encoders of the tables. But the ResNets have the
+               7x7 stem, because torchvision has ImageNet weights for that one;
+               `--backbone resnet101c --weights FILE` is the paper's. Nothing is frozen.
+               `evaluate.py score --base-size LONG SHORT` resizes test images likewise.
+        Effect: The deep stem costs 10.0 GMACs more (1024x2048; the demo and
+               `evaluate.py cost` have it). On scores: not measured.
+    N13 Released checkpoints, and numbers.
+        Paper: Its tables.
+        Code:  The list beside the checkpoints differs from them: ResNeXt-101 has 46.35
+               on ADE20K by several scales (paper: 46.09); on the validation images of
+               Cityscapes, by several scales, it has 80.8 and 82.0; on Context, by one
+               scale, 52.31 for 59 classes and 47.5 for 60. Two configurations name
+               heads whose guidance map comes from stage 1 or 3 instead of 2. Those
+               heads are not in the release.
+        Here:  `convert` takes such a checkpoint; guidance is from stage 2 only. What is
+               published stands in
+               results/published.csv, the list's numbers as remarks.
+        Effect: With equal weights our NRD gives the same logits and gradients as a
+               literal restatement of the authors' head (1e-10, float64, see
+               tests/test_nrd.py).
 
 Run
     python nrd.py                              shapes and costs, seconds on a CPU
@@ -177,7 +206,8 @@ from torch import Tensor, nn
 from common import (ASPP, UserError, conv_bn_relu, fcn_heads, full_precision,
                     label_colours, make_encoder, print_costs, repeat_border, show,
                     upsample, viewable)
-from deeplabv3plus import DeepLabv3PlusDecoder
+from deeplabv3plus import (DeepLabv3PlusDecoder, block_names, decoder_names, renamed,
+                           shared_names, start_as_mmsegmentation, start_classifier)
 
 # --- 1. Config -----------------------------------------------------------------------
 
@@ -208,19 +238,27 @@ VARIANTS = {
 FROM_SCRATCH = {"init": "mlp"}  # options of `build` in train.py's own recipes  [N2]
 PAPER = "paper, Sec. 3"
 MMSEG = "mmsegmentation's default, which Sec. 3 inherits"
+CODE = "official code"
 SCHEDULE = {"lr": (0.01, PAPER), "weight_decay": (5e-4, PAPER),
-            "backbone": ("resnet50", PAPER), "weights": ("imagenet", PAPER),
-            "batch": (16, MMSEG), "momentum": (0.9, MMSEG), "power": (0.9, MMSEG),
-            "min_lr": (1e-4, "official code"), "warmup": (4000, "Table 3"),
-            "scale": ((0.5, 2.0), MMSEG), "aux_weight": (0.4, MMSEG)}
+            "weights": ("imagenet", PAPER), "batch": (16, MMSEG),
+            "momentum": (0.9, MMSEG), "power": (0.9, MMSEG), "min_lr": (1e-4, CODE),
+            "warmup": (4000, "Table 3"), "warmup_from": (0.01, CODE),
+            "scale": ((0.5, 2.0), MMSEG), "photometric": (True, MMSEG),
+            "aux_weight": (0.4, MMSEG)}
 RECIPES = {  # [N12]
     "cityscapes": SCHEDULE | {
-        "crop": ((512, 1024), PAPER), "iterations": (84_000, "Table 1; 80k in Sec. 3")},
+        "backbone": ("resnet50", "Tables 1 to 4"), "crop": ((512, 1024), PAPER),
+        "iterations": (84_000, "Table 1; Sec. 3: 80k, and Table 3: 4k of warm-up")},
     "ade20k": SCHEDULE | {
-        "crop": ((512, 512), PAPER), "iterations": (164_000, "official code")},
+        "backbone": ("resnet101", "Table 5"), "crop": ((512, 512), PAPER),
+        "base_size": ((2048, 512), CODE),
+        "iterations": (164_000, "Sec. 3: 160k, and Table 3: 4k of warm-up")},
+    # for context59, too
     "context60": SCHEDULE | {
-        "lr": (0.004, PAPER), "weight_decay": (1e-4, PAPER),
-        "crop": ((480, 480), PAPER), "iterations": (84_000, "official code")},
+        "backbone": ("resnet101", "Table 6"), "lr": (0.004, PAPER),
+        "weight_decay": (1e-4, PAPER), "crop": ((480, 480), PAPER),
+        "base_size": ((520, 520), CODE),
+        "iterations": (84_000, "Sec. 3: 80k, and Table 3: 4k of warm-up")},
 }
 
 # --- 2. Equations --------------------------------------------------------------------
@@ -233,7 +271,7 @@ def coordinate_map(s: int) -> Tensor:
     return torch.stack([x, y])
 
 
-def standardise(q: Tensor) -> Tensor:
+def standardised(q: Tensor) -> Tensor:
     """Mean 0 and variance 1 over the points of a cell.  [N1]
 
     With s = 1 the only point has no variance. The clamp then keeps 0 / 0 away, and the
@@ -323,8 +361,6 @@ class Controller(nn.Module):
     def __init__(self, in_channels: int, channels: int, widths: tuple[int, ...], *,
                  init: str):
         super().__init__()
-        if init not in ("mlp", "official"):
-            raise UserError(f"init={init!r}: must be 'mlp' or 'official'")
         self.features = conv_bn_relu(in_channels, channels)  # [N11]
         self.theta = nn.Conv2d(channels, theta_length(widths), 1)
         # The 1x1 computes theta = A v + b from the features v of a location. So the
@@ -381,7 +417,8 @@ class NRDDecoder(nn.Module):
 
     def __init__(self, in_channels: int, low_channels: int, num_classes: int, *,
                  controller_channels: int, hidden_channels: int, guidance_channels: int,
-                 guidance: bool, coordinates: bool, points: int, init: str):
+                 guidance: bool, coordinates: bool, standardise: bool, points: int,
+                 init: str):
         super().__init__()
         if not (guidance or coordinates):
             raise UserError("guidance=False coordinates=False: g needs an input")
@@ -402,7 +439,9 @@ class NRDDecoder(nn.Module):
             self.guidance = GuidanceMap(low_channels, guidance_channels)
         # The coordinates are the same in every cell and are not learned: a buffer
         # travels to the GPU with the model, and this one is left out of checkpoints.
-        q = standardise(coordinate_map(points)) if coordinates else None  # [N1]
+        q = coordinate_map(points) if coordinates else None
+        if coordinates and (guidance or standardise):
+            q = standardised(q)  # [N1]
         self.register_buffer("coordinates", q, persistent=False)
         self.norm = nn.BatchNorm2d(g_inputs) if guidance else nn.Identity()  # [N1]
 
@@ -565,8 +604,8 @@ def make_context(name: str, in_channels: int, channels: int) -> tuple[nn.Module,
 
 def build(num_classes: int, *, backbone="resnet50", weights="none", decoder="nrd",
           context="aspp", channels=512, controller_channels=512, hidden_channels=16,
-          guidance_channels=16, guidance=True, coordinates=True, points=8,
-          init="official", aux=True) -> NRD:
+          guidance_channels=16, guidance=True, coordinates=True, standardise=False,
+          points=8, init="official", aux=True) -> NRD:
     """NRD or one of its rivals; VARIANTS names the rows of the paper's tables.
 
     decoder              nrd, deeplabv3plus, bilinear (Table 1), duc, carafe (Table 3)
@@ -576,10 +615,13 @@ def build(num_classes: int, *, backbone="resnet50", weights="none", decoder="nrd
     hidden_channels      Cr, hidden width of g (16, Table 2)
     guidance_channels    M, Cm in the paper: width of the guidance map (16, Table 2)
     guidance, coordinates  which inputs g gets (Table 4)
+    standardise          bring raw coordinates, too, to mean 0 and variance 1  [N1]
     points               s, points per side of a cell (8, Sec. 2.2)
-    init                 'official', or 'mlp' for short runs and from scratch  [N2]
+    init                 'official'; 'mlp' for short runs, from scratch  [N2] [N11]
     aux                  train with an auxiliary head on res4  [N8]
     """
+    if init not in ("mlp", "official"):
+        raise UserError(f"init={init!r}: must be 'mlp' or 'official'")
     encoder = make_encoder(backbone, num_classes, weights=weights)
     heads = fcn_heads(encoder, num_classes, aux)  # [N8]
     between, width = make_context(context, encoder.channels["res5"], channels)
@@ -588,7 +630,8 @@ def build(num_classes: int, *, backbone="resnet50", weights="none", decoder="nrd
         top = NRDDecoder(
             width, low_channels, num_classes, controller_channels=controller_channels,
             hidden_channels=hidden_channels, guidance_channels=guidance_channels,
-            guidance=guidance, coordinates=coordinates, points=points, init=init)
+            guidance=guidance, coordinates=coordinates, standardise=standardise,
+            points=points, init=init)
     elif decoder == "deeplabv3plus":
         top = DeepLabv3PlusDecoder(width, encoder.channels["res2"], num_classes,
                                    channels=channels)
@@ -601,7 +644,82 @@ def build(num_classes: int, *, backbone="resnet50", weights="none", decoder="nrd
     else:
         raise UserError(f"decoder={decoder!r}: must be one of nrd, deeplabv3plus, "
                         f"bilinear, duc, carafe")
+    if init == "official":
+        official_start(between, top, heads)
     return NRD(encoder, between, top, heads)
+
+
+def official_start(context: nn.Module, decoder: nn.Module,
+                   aux_heads: nn.ModuleList) -> None:
+    """Draw all weights but the controller's last layer as mmsegmentation does.  [N11]
+
+    That layer, which writes theta, has drawn its own (see Controller).
+    """
+    start_as_mmsegmentation(context, decoder, aux_heads)
+    for head in aux_heads:
+        start_classifier(head.layers[-1])
+    if isinstance(decoder, DeepLabv3PlusDecoder):
+        start_classifier(decoder.classify[-1])
+    elif not isinstance(decoder, NRDDecoder):
+        start_classifier(decoder.classify)
+    elif decoder.guidance is not None:
+        # The only convolution with a bias that is drawn like those with a batch norm.
+        last = decoder.guidance.layers[-1]
+        nn.init.kaiming_normal_(last.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.zeros_(last.bias)
+
+
+def convert(state: dict, model: NRD) -> dict:
+    """A released checkpoint as a state dict of `model`: NRD, or DeepLabv3+ of Table 1.
+
+    The authors' head has a classifier of its base class that is never used. It is
+    dropped. In the batch norm over the inputs of g, what belongs to x and y is
+    converted, because our coordinates come to it standardised.  [N1] [N13]
+    """
+    if isinstance(model.decoder, DeepLabv3PlusDecoder):
+        return renamed(state, model, shared_names() | decoder_names())
+    decoder = model.decoder
+    if not isinstance(decoder, NRDDecoder) or decoder.guidance is None or (
+            decoder.coordinates is None or decoder.points != 8):
+        raise UserError("the authors have released NRD with guidance map, coordinates "
+                        "and 8 points per side, and DeepLabv3+; no other decoder")
+    names = shared_names() | block_names("decode_head.classifier.classifier.0",
+                                         "decoder.controller.features")
+    names |= block_names("decode_head.c1_bottleneck.0", "decoder.guidance.layers")
+    names |= {"decode_head.classifier.classifier.1": "decoder.controller.theta",
+              "decode_head.c1_bottleneck.1.conv": "decoder.guidance.layers.3",
+              "decode_head.cat_norm": "decoder.norm"}
+    state = {key: value for key, value in state.get("state_dict", state).items()
+             if not key.removeprefix("module.").startswith("decode_head.conv_seg.")}
+    state = renamed(state, model, names)
+    theta = "decoder.controller.theta.weight"
+    state[theta] = state[theta] / decoder.controller.scale
+    for kind, value in norm_of_standardised(
+            state["decoder.norm.weight"], state["decoder.norm.running_mean"],
+            state["decoder.norm.running_var"], eps=decoder.norm.eps).items():
+        state[f"decoder.norm.{kind}"] = value
+    return state
+
+
+def norm_of_standardised(weight: Tensor, mean: Tensor, var: Tensor, *,
+                         eps: float) -> dict[str, Tensor]:
+    """The batch norm that does to standardised x and y what the given does to raw ones.
+
+    Raw coordinates have the mean c and the variance v, 0.082. In training their norm
+    divides by sqrt(v + eps) and ours by sqrt(1 + eps) what was divided by sqrt(v)
+    before. The weight makes up for that. In eval the running variance does.  [N1]
+    """
+    q = coordinate_map(8).double()
+    c = q.mean()
+    v = q.var(correction=0)
+    xy = slice(0, 2)
+    weight = weight.clone()
+    mean = mean.clone()
+    var = var.clone()
+    weight[xy] *= (v * (1 + eps) / (v + eps)).sqrt()
+    mean[xy] = (mean[xy].double() - c).div(v.sqrt()).to(mean)
+    var[xy] = ((1 + eps) * (var[xy].double() + eps) / (v + eps) - eps).to(var)
+    return {"weight": weight, "running_mean": mean, "running_var": var}
 
 
 # --- 5. Explain ----------------------------------------------------------------------

@@ -24,12 +24,14 @@ Paper -> code
     | Fig. 3 (b)         | warp               | Eq. (2), then Eq. (3) |
     | Sec. 3.2, Eq. (1)  | predict_flow       | conv_l(cat(F_l, F_(l-1))) |
     | Sec. 3.2, Eq. (2)  | source_points      | p_l = (p_(l-1) + flow) / 2 |
+    | Eq. (2), its unit  | in_pixels          | a flow of 1 is one fine pixel |
     | Sec. 3.2, Eq. (3)  | sample             | weighted sum of 4 neighbours of p_l |
     | Sec. 3.1, FPN      | ZeroFlow           | bilinear enlargement, FAM's rival |
     | Sec. 3.3, decoder  | AlignedFPN.forward | top-down sums, fusion at 1/4 |
     | Sec. 3.3, cascaded | supervision_head   | one more classifier on every sum |
     | Table 2 (c)        | correlation        | FlowNet-C's matching, rival of cat |
     | Table 2 (d)        | Deformable         | deformable convolution, rival of FAM |
+    | official code      | convert            | its checkpoints |
     | Fig. 5             | explain            | the flows in colours and as arrows |
 
 Notes: what the paper says, what the official code does, what is done here, and what
@@ -38,10 +40,12 @@ older code, TorchCV, is mentioned where the two differ.
     N1  Layers of FAM.
         Paper: Sec. 3.2 first says that "two convolutional layers with the kernel size
                of 3x3" predict the flow, and later that FAM "only contains one 3x3
-               convolution layer".
+               convolution layer". It also says that every map is brought to one width
+               by "two 1x1 convolution layers before entering the next level".
         Code:  Each of the two maps goes through its own 1x1 convolution to half of its
                channels. One 3x3 convolution turns both results into the flow. None of
-               the three has a bias.
+               the three has a bias. One 1x1 convolution per level, the lateral, brings
+               the encoder's map to the pyramid's width.
         Here:  As the code.
         Effect: The network then has 12,869,715 parameters on ResNet-18 without
                auxiliary heads, the 12.87 M of the paper's Tables 3 and 4.
@@ -49,15 +53,18 @@ older code, TorchCV, is mentioned where the two differ.
         Paper: In Eq. (2) a flow of 1 is one pixel of the finer map.
         Code:  The flow is divided by the width and the height of the finer map and is
                added to a grid that runs from -1 to 1. This grid is 2 long, so a flow
-               of 1 is about half a pixel.
-        Here:  As the paper. To load released weights, multiply those of the flow
-               convolution by (r - 1) / (2 r) for x and by (q - 1) / (2 q) for y.
-        Effect: For the same function, our flow weights get 2.05 times the gradient of
-               the official ones, and one step of SGD at the same learning rate moves
-               the sampling points 4.22 times as far (measured, weights converted). From
-               the same initial weights our flow is twice as long. The learning rate
-               0.01 of the recipe was chosen for the official unit. On scores: not
-               measured.
+               of 1 is about half a pixel: (r - 1) / (2 r) along x, (q - 1) / (2 q)
+               along y.
+        Here:  As the paper. `flow_unit="released"` is the code's unit. The two differ
+               by a factor that depends on the size of the map, so weights of the one
+               are not exactly weights of the other, and `convert` asks for the code's.
+        Effect: For the same function, the flow weights of the paper's unit get 2.05
+               times the gradient of the code's, and one step of SGD at the same
+               learning rate moves the sampling points 4.22 times as far (0.01256 and
+               0.00298 pixels; measured, weights converted). From the same initial
+               weights the paper's flow is twice as long. The paper's runs, and so the
+               learning rate 0.01 of its recipe, belong to the code's unit. On scores:
+               not measured.
     N3  Corners: how positions of maps of two sizes belong together.
         Paper: Silent, but Eq. (2) without flow sends position 2i to position i.
         Code:  Enlargement and warping did not use the same convention at first. Since
@@ -89,10 +96,11 @@ older code, TorchCV, is mentioned where the two differ.
                adjacent feature pyramids". The fusion enlarges 1/32 to 1/4 at once, so
                its levels are not adjacent.
         Code:  The fusion enlarges bilinearly and concatenates the finest level first.
-        Here:  Bilinear as well, but the coarsest level is first. To load released
-               weights, permute the input channels of `fuse`.
-        Effect: The order does not matter to a network that is trained here. FAM in the
-               fusion: not measured.
+        Here:  Bilinear as well, but the coarsest level is first. `convert` permutes the
+               input channels of `fuse`.
+        Effect: Three more FAMs in the fusion would give SFNet 12.93 M parameters on
+               ResNet-18, where Tables 3 and 4 print 12.87 M, so the paper's network has
+               none there. The order does not matter to a network that is trained here.
     N7  A 3x3 convolution on the sums.
         Paper: Names none. In Sec. 3.3 maps are "fused into their bottom levels via
                element-wise addition", then "up-sampled to the same resolution" and
@@ -103,17 +111,22 @@ older code, TorchCV, is mentioned where the two differ.
         Effect: Not measured.
     N8  Deep supervision and hard pixels.
         Paper: Sec. 3.3 supervises "intermediate outputs of the decoder" and trains
-               "only on the 10% hardest pixels sorted by cross-entropy loss".
+               "only on the 10% hardest pixels sorted by cross-entropy loss". It gives
+               neither the weights of the losses nor the set that the 10 % are of.
         Code:  Each sum has a head whose loss has weight 1. Every loss keeps the pixels
                whose true class has a probability below 0.7, and at least 100,000
-               pixels among the 2 images of one process.
-        Here:  As the code, but the 100,000 pixels are the minimum of one call of the
-               loss, that is, of all images on one device. There is no option for the
-               paper's 10 %.
-        Effect: The paper's Params do not include the heads. With 16 crops of 1024x1024
-               on one device at least 0.6 % of the pixels are kept instead of 4.8 %. For
-               synthetic logits, like those of a well-trained network, the loss was
-               0.871 instead of 0.217. On scores: not measured.
+               pixels: in SFSegNets of the 2 images of one process, which is 4.8 % of
+               two crops of 1024x1024, in TorchCV of each image, which is 9.5 %.
+        Here:  The losses have weight 1, as in the code. Of each image the hardest 10 %
+               count, as in the paper. TorchCV's rule is `--ohem 0.095 --ohem-threshold
+               0.7`; with 0.048 it is SFSegNets', but for counting image by image.
+        Effect: The paper's Params do not include the heads. The two rules agree at the
+               end of training and not at its start, when nearly every pixel is below
+               0.7 and the code's rule trains on all: on synthetic logits of 19 classes
+               the loss is 5.18 by the paper's rule and 3.40 by the code's at the start.
+               Where 0.4 % of the pixels are below 0.7, it is 0.116 by the paper's rule,
+               0.120 by TorchCV's and 0.179 with SFSegNets' 4.8 % (measured). On scores:
+               not measured.
     N9  Biases of convolutions before a batch norm.
         Paper: Silent.
         Code:  The laterals and the auxiliary heads have them, other layers do not.
@@ -123,12 +136,16 @@ older code, TorchCV, is mentioned where the two differ.
     N10 Stem and dilation of the ResNets.
         Paper: "ResNet series"; Sec. 3.3 gives every stage a convolution of stride 2.
         Code:  The stem is three 3x3 convolutions with 64, 64 and 128 channels. By
-               default the 3x3 of res4 and res5 are also dilated, although they keep
-               their stride. TorchCV has no dilation.
-        Here:  `--backbone resnet18s` has that stem. There is no dilation.
-        Effect: Costs are equal. With the same weights the logits differ by up to 0.11
-               where the largest is 0.17, so the released weights would not give their
-               scores here. On the scores of a network trained here: not measured.
+               default, "variant D", the second convolution of every block of res4 and
+               res5 is also dilated, by 2 and by 4, although the stages keep their
+               stride. TorchCV has no dilation.
+        Here:  `--backbone resnet18s` has that stem. There is no dilation, since the
+               paper names none; `extra_dilation` adds the code's. The variant
+               `released` has it, the code's pooling [N5] and its flow unit [N2].
+        Effect: Costs are equal. With the same weights, in float64, `released` gives the
+               logits of the released network to 1e-10 (tests/test_sfnet.py), while
+               without the dilation they differ by up to 0.11 where the largest is 0.17.
+               On the scores of a network trained here: not measured.
     N11 Costs of the kernel sizes, Table 2 (b).
         Paper: 120.4, 123.5, 131.6 and 140.5 GFLOPs for k = 1, 3, 5, 7.
         Code:  Has k = 3 only.
@@ -147,26 +164,67 @@ older code, TorchCV, is mentioned where the two differ.
         Effect: Table 1 (c) prints 148.0 GFLOPs with the non-local module and 138.6 with
                ASPP; ours cost 124.11 and 124.95 (`python sfnet.py`). On scores: not
                measured.
-    N13 Scores in the paper that disagree with each other.
+    N13 Numbers in the paper that disagree with each other.
         Paper: FAM without PPM has 77.2 in Table 1 (a) and 76.4 in (c). FAM with PPM has
                78.7 in (a) and 78.3 in (b) and (c). k = 5 has 78.1 in Table 2 (b) and
-               78.2 in the text. In our copy of Table 1 (b) the row of 77.8 has the same
-               three ticks as the row of 78.3.
-        Here:  `fam-f4-f5` is our guess for the row of 77.8.
+               78.2 in the text. The gain on Context with ResNet-101 is 2.7 in Table 5
+               (a) and 2.6 in the text. FPN and SFNet on ResNet-101 have 77.6 and 79.8
+               in Table 1 (d), where the whole image goes in, and again in Table 7,
+               where windows and flipping are used; the mean of FPN's 19 IoUs there is
+               77.3. In our copy of Table 1 (b) the row of 77.8 has the same three ticks
+               as the row of 78.3, and in Table 2 (d) each row of DCN and FAM has three,
+               where the text speaks of F_5 alone for the first of each.
+        Here:  `fam-f4-f5` is our guess for the row of 77.8, `dcn-f5` and `fam-f5`
+               follow the text.
         Effect: Compare a score with rows of its own table only.
     N14 Schedule of training.
-        Paper: Sec. 4.1, Cityscapes: 50,000 steps, power 0.9 of the "poly" decay, weight
-               decay 5e-4, images scaled by 0.75 to 2; "all networks are trained with
-               the same setting". Sec. 8, ADE20K and Context: 120 epochs, batch 16, crop
-               512, learning rate 1e-2 for ADE20K and 1e-3 for Context.
-        Code:  Scripts for Cityscapes: 300 epochs, power 1, weight decay 1e-4, scale 0.5
-               to 2. TorchCV: nearly the paper, with scale 0.7 to 2.1 and batch 8. There
-               is no script for ADE20K or Context.
-        Here:  Cityscapes as the paper. ADE20K and Context as Sec. 8, with power, weight
-               decay and scale of the Cityscapes scripts, on which Sec. 8 is silent.
-               RECIPES also names "official script" as the source of learning rate, crop
-               and epochs, which Sec. 8 gives.
+        Paper: Sec. 4.1, Cityscapes: "all networks are trained with the same setting",
+               SGD with batch 16, 50,000 steps, learning rate 0.01, power 0.9 of the
+               "poly" decay, weight decay 5e-4, images flipped, scaled by 0.75 to 2, and
+               cropped to 1024. Sec. 8: 120 epochs with batch 16, for Context crop 512
+               and learning rate 1e-3, for ADE20K crop 512 and 1e-2, for CamVid crop 640
+               and 1e-3. Sec. 8 is silent on decay, power and scale, and on whether
+               CamVid's val images are trained on.
+        Code:  SFSegNets has no script for ADE20K, Context or CamVid. Those for
+               Cityscapes have 300 epochs, power 1, weight decay 1e-4, scale 0.5 to 2,
+               random colours and blur, and half of the crops drawn so that rare classes
+               come as often as frequent ones. TorchCV is nearly as the paper on
+               Cityscapes, with scale 0.7 to 2.1 and batch 8, and has no file for ADE20K
+               or Context either.
+        Here:  As the paper; where Sec. 8 is silent, the setting of Sec. 4.1. The
+               scripts' values are `--weight-decay 1e-4 --power 1 --scale 0.5 2`.
         Effect: Not measured.
+    N15 Pyramid pooling, and PSPNet.
+        Paper: Takes PPM from PSPNet and gives no widths. Tables 4 and 5 compare with
+               PSPNet's own scores.
+        Code:  Each of the pooled maps gets the pyramid's width D through a 1x1
+               convolution and a batch norm, with no ReLU behind them, and a 1x1
+               convolution joins all. In PSPNet's own code and in mmsegmentation, whose
+               PSPNet NRD's tables list, there is a ReLU, and a 3x3 convolution joins.
+        Here:  SFNet as its code; `context="ppm-relu"` adds the ReLU. The variant
+               `pspnet` has both the ReLU and the 3x3 convolution. It still differs from
+               PSPNet's code, which dilates the first block of a stage like the others,
+               and from mmsegmentation, which enlarges without aligned corners [N3].
+        Effect: Costs are equal to all printed digits. On scores: not measured.
+    N16 Scales in testing.
+        Paper: Tables 1 to 3 and 6 use one scale and the whole image. Sec. 7 states for
+               the test set of Cityscapes, Tables 4 and 8, "7 scales 0.5, 0.75, 1, 1.25,
+               1.5, 1.75, 2.0 with flip operation"; Table 7 uses windows and flipping.
+               Table 5 is multi-scale with flipping and names no scales.
+        Code:  Its script for the test set of Cityscapes uses the same seven scales, in
+               sliding windows.
+        Here:  `evaluate.py score RUN --flip --scales 0.5 0.75 1 1.25 1.5 1.75 2`, and
+               --window for windows. Without options: one scale, the whole image.
+        Effect: Not measured.
+    N17 What the paper has and this file has not.
+        Paper: Encoders DF1 and DF2 in Tables 1 (d), 3 and 6; DenseASPP in Table 1 (c);
+               in Table 3, SFNet trained first for 50,000 steps on train and val of
+               Mapillary Vistas, with the longer side of each image resized to 2048, and
+               then for 50,000 on Cityscapes "with the same setting".
+        Code:  Has DF1 and DF2, not DenseASPP, and a script for Mapillary.
+        Here:  DF1 and DF2 are not in torchvision, Mapillary is not in data.py.
+        Effect: Mapillary gains 1.5 points on the test set: 80.4 instead of 78.9 in
+               Table 3. The rows of the others are not reproduced here.
 
 Run
     python sfnet.py                            shapes and costs, seconds on a CPU
@@ -201,7 +259,7 @@ VARIANTS = {
     "fam-f4": {"aligned": (4,)},
     "fam-f5": {"aligned": (5,)},
     "fam-f4-f5": {"aligned": (4, 5)},  # [N13]
-    # Table 1 (c): context modules  [N12]
+    # Table 1 (c): context modules, without DenseASPP  [N12] [N17]
     "aspp": {"context": "aspp"},
     "non-local": {"context": "non-local"},
     # Table 2: inside FAM
@@ -213,32 +271,44 @@ VARIANTS = {
     "correlation": {"align": "correlation", "aligned": (5,)},  # [N12]
     "dcn-f5": {"align": "dcn", "aligned": (5,)},
     "dcn": {"align": "dcn"},
-    # the network that both SFNet and NRD compare with
+    # the network that both SFNet and NRD compare with  [N15]
     "pspnet": {"decoder": "fcn", "context": "psp", "output_stride": 8, "channels": 512},
+    # SFSegNets' network, for its checkpoints  [N2] [N5] [N10]
+    "released": {"flow_unit": "released", "ceil_mode": False, "extra_dilation": True},
 }
 
 FROM_SCRATCH = {}  # options of `build` in train.py's own recipes
-PAPER = "paper, Sec. 4.1"
-SCRIPT = "official script"  # for Cityscapes, since there is no other  [N14]
+SEC41 = "paper, Sec. 4.1"
+SEC8 = "paper, Sec. 8"
+SAME = "paper, Sec. 4.1, since Sec. 8 names none"
 DEEP = ("the paper's has the deep stem, {0}s, for which torchvision has no weights: "
         "--backbone {0}s --weights FILE")  # [N10]
-SHARED = {"weights": ("imagenet", "paper, Sec. 3.3"), "batch": (16, PAPER),
-          "momentum": (0.9, PAPER), "min_lr": (0.0, "paper: poly ends at 0"),
-          "warmup": (0, "none stated"), "photometric": (False, PAPER),
-          "ohem": (True, "paper, Sec. 3.3"),
-          "aux_weight": (1.0, "official code")}  # [N8]
-SCRIPTS = SHARED | {
-    "backbone": ("resnet50", DEEP.format("resnet50")), "weight_decay": (1e-4, SCRIPT),
-    "power": (1.0, SCRIPT), "scale": ((0.5, 2.0), SCRIPT),
-    "crop": ((512, 512), SCRIPT), "epochs": (120, SCRIPT)}
-RECIPES = {  # [N14]
+SHARED = {"weights": ("imagenet", "paper, Sec. 3.3"), "momentum": (0.9, SEC41),
+          "weight_decay": (5e-4, SEC41), "power": (0.9, SEC41),
+          "min_lr": (0.0, "paper, Sec. 4.1: poly ends at 0"),
+          "warmup": (0, "the paper names none"), "scale": ((0.75, 2.0), SEC41),
+          "photometric": (False, "paper, Sec. 4.1: flip, scale and crop only"),
+          "ohem": (0.1, "paper, Sec. 3.3"),  # [N8]
+          "ohem_threshold": (0.0, "paper, Sec. 3.3"),
+          "aux_weight": (1.0, "official code")}
+OTHERS = SHARED | {  # Sec. 8: data sets other than Cityscapes
+    "momentum": (0.9, SAME), "weight_decay": (5e-4, SAME), "power": (0.9, SAME),
+    "min_lr": (0.0, SAME), "scale": ((0.75, 2.0), SAME), "photometric": (False, SAME),
+    "batch": (16, SEC8), "epochs": (120, SEC8)}
+RECIPES = {  # [N14]; the scales of testing are no part of it  [N16]
     "cityscapes": SHARED | {
-        "backbone": ("resnet18", DEEP.format("resnet18")), "lr": (0.01, PAPER),
-        "weight_decay": (5e-4, PAPER), "power": (0.9, PAPER),
-        "scale": ((0.75, 2.0), PAPER), "crop": ((1024, 1024), PAPER),
-        "iterations": (50_000, PAPER)},
-    "ade20k": SCRIPTS | {"lr": (0.01, SCRIPT)},
-    "context60": SCRIPTS | {"lr": (0.001, SCRIPT)},
+        "backbone": ("resnet18", DEEP.format("resnet18")), "batch": (16, SEC41),
+        "lr": (0.01, SEC41), "crop": ((1024, 1024), SEC41),
+        "iterations": (50_000, SEC41)},
+    "ade20k": OTHERS | {
+        "backbone": ("resnet50", DEEP.format("resnet50")), "lr": (0.01, SEC8),
+        "crop": ((512, 512), SEC8)},
+    "context60": OTHERS | {
+        "backbone": ("resnet50", DEEP.format("resnet50")), "lr": (0.001, SEC8),
+        "crop": ((512, 512), SEC8)},
+    "camvid": OTHERS | {
+        "backbone": ("resnet18", DEEP.format("resnet18")), "lr": (0.001, SEC8),
+        "crop": ((640, 640), SEC8)},
 }
 
 # --- 2. Equations --------------------------------------------------------------------
@@ -275,6 +345,20 @@ def predict_flow(coarse: Tensor, fine: Tensor, convolution, *,
     coarse one. In Table 2 (c) `match` is `correlation` instead of cat.
     """
     return convolution(match(coarse, fine))
+
+
+def in_pixels(flow: Tensor, unit: str) -> Tensor:
+    """A predicted flow (B, 2, q, r) in the unit of Eq. (2), pixels of the finer map.
+
+    In the unit "released" the flow is divided by (r, q) and then added to a grid that
+    is 2 long and r - 1 pixels wide: 1 is (r - 1) / (2 r) pixels.  [N2]
+    """
+    if unit == "pixels":
+        return flow
+    q, r = flow.shape[-2:]
+    x = flow[:, 0] * (r - 1) / (2 * r)  # (B, q, r)
+    y = flow[:, 1] * (q - 1) / (2 * q)  # (B, q, r)
+    return torch.stack([x, y], dim=1)
 
 
 def source_points(flow: Tensor, coarse_size: tuple[int, int]) -> Tensor:
@@ -346,8 +430,9 @@ class FAM(nn.Module):
     """
 
     def __init__(self, channels: int, *, kernel=3, upsampling="bilinear",
-                 reach: int | None = None):
+                 reach: int | None = None, flow_unit="pixels"):
         super().__init__()
+        self.flow_unit = flow_unit  # [N2]
         half = channels // 2
         self.reduce_coarse = nn.Conv2d(channels, half, 1, bias=False)  # [N1]
         self.reduce_fine = nn.Conv2d(channels, half, 1, bias=False)
@@ -378,7 +463,7 @@ class FAM(nn.Module):
         # Half precision knows positions beyond 256 to a quarter pixel at best, so the
         # sampling points are computed in float32 even where autocast is on.
         with full_precision(flow):
-            return warp(coarse.float(), flow.float())
+            return warp(coarse.float(), in_pixels(flow.float(), self.flow_unit))
 
 
 class ZeroFlow(nn.Module):
@@ -432,16 +517,16 @@ def conv_bias_bn_relu(in_channels: int, channels: int, kernel: int) -> nn.Sequen
 class PPM(nn.Module):
     """Pyramid pooling (PSPNet): the map beside its averages over 1, 4, 9 and 36 cells.
 
-    An average over a whole cell tells each position what else is in the scene. As in
-    the official code there is no ReLU behind the pooled 1x1 convolutions.
-    mmsegmentation's PSPNet, whose scores NRD's tables print, has one.
+    An average over a whole cell tells each position what else is in the scene. `relu`
+    and a `projection` of 3 make it the one of PSPNet itself.  [N15]
     """
 
     def __init__(self, in_channels: int, channels: int, *, bins=(1, 2, 3, 6),
-                 projection=1):
+                 projection=1, relu=False):
         super().__init__()
+        reduce = partial(conv_bn_relu, kernel=1) if relu else conv_bn
         self.branches = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(side), *conv_bn(in_channels, channels))
+            nn.Sequential(nn.AdaptiveAvgPool2d(side), *reduce(in_channels, channels))
             for side in bins)
         self.project = nn.Sequential(
             *conv_bn_relu(in_channels + len(bins) * channels, channels, projection),
@@ -579,36 +664,58 @@ class SFNet(nn.Module):
 
 
 # What makes the context out of res5, called as context(in_channels, channels).
-CONTEXTS = {"ppm": PPM, "none": partial(conv_bn_relu, kernel=1), "conv": conv_bn_relu,
+CONTEXTS = {"ppm": PPM, "ppm-relu": partial(PPM, relu=True),  # [N15]
+            "none": partial(conv_bn_relu, kernel=1), "conv": conv_bn_relu,
             "aspp": partial(ASPP, separable=False, projection=1),  # [N12]
-            "non-local": NonLocal, "psp": partial(PPM, projection=3)}
+            "non-local": NonLocal, "psp": partial(PPM, projection=3, relu=True)}
+
+
+def dilate_second_convolutions(encoder: Encoder) -> None:
+    """The released dilation of res4 and res5, which all the same keep their stride.
+
+    torchvision calls the second convolution of a block conv2: in a ResNet-18 the second
+    of its two 3x3, in the deeper ones the only 3x3, which may have stride 2 besides.
+    """
+    for stage, dilation in ((encoder.res4, 2), (encoder.res5, 4)):
+        for name, layer in stage.named_modules():
+            if name.endswith("conv2"):
+                layer.dilation = (dilation, dilation)
+                layer.padding = (dilation, dilation)
 
 
 def build(num_classes: int, *, backbone="resnet18", weights="none", decoder="fpn",
           context="ppm", channels: int | None = None, aligned=(3, 4, 5), align="fam",
-          upsampling="bilinear", kernel=3, output_stride=32, ceil_mode=True,
-          aux=True) -> SFNet:
+          upsampling="bilinear", kernel=3, flow_unit="pixels", output_stride=32,
+          ceil_mode=True, extra_dilation=False, aux=True) -> SFNet:
     """SFNet or one of its rivals; VARIANTS names the rows of the paper's tables.
 
+    context         'ppm', 'ppm-relu', 'psp' (N15), 'none', 'conv', 'aspp', 'non-local'
     channels        the width D; None: 128 for ResNet-18 and ShuffleNetV2, else 256
     aligned         the levels l whose map F_l is aligned with F_(l-1) (Table 1 b)
     align           by 'fam', 'correlation' (Table 2 c) or 'dcn' (Table 2 d)
     upsampling      of the coarse map before the flow is predicted (Table 2 a)
     kernel          of the flow convolution (Table 2 b)
+    flow_unit       'pixels' of the finer map, as in Eq. (2), or 'released'  [N2]
     ceil_mode       max pooling rounds up  [N5]
+    extra_dilation  dilate res4 and res5 in spite of their stride, as released  [N10]
     """
     encoder = Encoder(backbone, weights=weights, output_stride=output_stride,
                       ceil_mode=ceil_mode)
     D = channels or (128 if backbone.startswith(("resnet18", "shufflenet")) else 256)
-    fam = partial(FAM, D, kernel=kernel, upsampling=upsampling)
+    fam = partial(FAM, D, kernel=kernel, upsampling=upsampling, flow_unit=flow_unit)
     aligners = {"fam": fam, "correlation": partial(fam, reach=4),
                 "dcn": partial(Deformable, D)}
     for name, value, known in (
             ("decoder", decoder, ("fpn", "fcn")), ("context", context, CONTEXTS),
             ("align", align, aligners),
-            ("upsampling", upsampling, ("bilinear", "nearest", "deconv"))):
+            ("upsampling", upsampling, ("bilinear", "nearest", "deconv")),
+            ("flow_unit", flow_unit, ("pixels", "released"))):
         if value not in known:
             raise UserError(f"{name}={value!r}: must be one of {', '.join(known)}")
+    if extra_dilation:
+        if output_stride != 32 or not backbone.startswith("resn"):
+            raise UserError("extra_dilation is for a ResNet of output stride 32")
+        dilate_second_convolutions(encoder)
     context_module = CONTEXTS[context](encoder.channels["res5"], D)
     if decoder == "fcn":
         return SFNet(encoder, context_module, FCNDecoder(D, num_classes),
@@ -629,6 +736,67 @@ def build(num_classes: int, *, backbone="resnet18", weights="none", decoder="fpn
                  nn.ModuleList(heads))
 
 
+def official_names() -> dict[str, str]:
+    """{beginning of a name in our state_dict: of the same layer's in SFSegNets'}.
+
+    Its lists over levels begin with the finest, at res2, our auxiliary heads with the
+    coarsest, at res4.
+    """
+    names = {"encoder.stem.": "layer0.", "encoder.res5.": "layer4.",
+             "context.branches.": "head.ppm.stages.",
+             "context.project.": "head.ppm.bottleneck.",
+             "decoder.fuse.3.": "head.conv_last.1.",
+             "decoder.fuse.": "head.conv_last.0."}
+    for i, stage in enumerate(("res2", "res3", "res4")):
+        fam = f"head.fpn_out_align.{i}"
+        names |= {f"encoder.{stage}.": f"layer{i + 1}.",
+                  f"decoder.laterals.{stage}.": f"head.fpn_in.{i}.",
+                  f"decoder.smooth.{stage}.": f"head.fpn_out.{i}.0.",
+                  f"decoder.align.{stage}.reduce_coarse.": f"{fam}.down_h.",
+                  f"decoder.align.{stage}.reduce_fine.": f"{fam}.down_l.",
+                  f"decoder.align.{stage}.flow.": f"{fam}.flow_make.",
+                  f"aux_heads.{2 - i}.": f"head.dsn.{i}."}
+    return names
+
+
+def convert(state: dict, model: SFNet) -> dict[str, Tensor]:
+    """A checkpoint of SFSegNets (AlignNetResNet, head v1) as a state_dict of `model`.
+
+    The model that computes the same is the variant `released` on resnet18s, resnet50s
+    or resnet101s, with aux=False if the checkpoint was trained without auxiliary heads.
+    Nothing is left out on either side, but for tensors of a loss (criterion) and of
+    ImageNet's classifier (fc): what does not fit is an error that names it.
+    """
+    for module in model.modules():
+        if isinstance(module, FAM) and module.flow_unit != "released":
+            raise UserError("the checkpoint's flow is in the released unit, the "
+                            "model's is not: build sfnet:released (note N2)")
+    state = {name.removeprefix("module."): value
+             for name, value in state.get("state_dict", state).items()}
+    converted = {}
+    wrong = []
+    for name, own in model.state_dict().items():
+        official = next((theirs + name.removeprefix(ours) for ours, theirs
+                         in official_names().items() if name.startswith(ours)), name)
+        value = state.pop(official, None)
+        if value is None and name.endswith("num_batches_tracked"):
+            value = own  # older files have no such counters, and nothing reads them
+        if value is None or value.shape != own.shape:
+            wrong.append(official)
+        elif name == "decoder.fuse.0.weight":
+            # The channels of n levels side by side: finest first there, last here. [N6]
+            levels = value.unflatten(1, (1 + len(model.decoder.stages), -1))
+            converted[name] = levels.flip(1).flatten(1, 2)
+        else:
+            converted[name] = value
+    wrong += [name for name in state if not name.startswith(("criterion.", "fc."))]
+    if wrong:
+        raise UserError(f"{len(wrong)} tensors of the checkpoint and the model do not "
+                        f"fit ({', '.join(wrong[:3])}{' ..' if wrong[3:] else ''}): "
+                        f"another backbone, variant or number of classes, or aux")
+    return converted
+
+
 # --- 5. Explain ----------------------------------------------------------------------
 
 
@@ -644,12 +812,14 @@ def explain(model: SFNet, image: Tensor, *, palette=None):
     if not fams:
         raise UserError("nothing to explain: this variant predicts no flow")
     flows = []
-    hooks = [fam.flow.register_forward_hook(lambda _, __, flow: flows.append(flow[0]))
+    hooks = [fam.flow.register_forward_hook(lambda _, __, flow: flows.append(flow))
              for fam in fams.values()]
     with torch.no_grad():
         logits = model(image)["out"][0]
     for hook in hooks:
         hook.remove()
+    flows = [in_pixels(flow, fam.flow_unit)[0]
+             for flow, fam in zip(flows, fams.values())]
     picture = viewable(image[0])
     colours = label_colours(palette, len(logits))
     tiles = [("image", picture),

@@ -135,7 +135,8 @@ class Objective(nn.Module):
         self.model, self.amp = model, args.amp
         self.forward_pass = torch.compile(model) if args.compile else model
         self.method = load_method(args.method)[0]
-        self.loss_options = {name: values[name] for name in ("aux_weight", "ohem")}
+        self.loss_options = {name: values[name]
+                             for name in ("aux_weight", "ohem", "ohem_threshold")}
 
     def forward(self, inputs: Tensor, labels: Tensor, pretrain: bool):
         """The loss, and its terms by name, without a gradient, for the log."""
@@ -162,10 +163,17 @@ def parts(run: Run, images: Tensor, labels: Tensor, pretrain: bool) -> list[tupl
 
 
 def learning_rate(iteration: int, values: dict, total: int) -> float:
-    """Linear warm-up times poly decay to min_lr; a function of its arguments only."""
+    """Linear warm-up times poly decay to min_lr; a function of its arguments only.
+
+    The warm-up begins at `warmup_from` times the rate, as mmcv's does at 0.01; where
+    that is 0, at one step's share of it.
+    """
     poly = (1 - iteration / total) ** values["power"]
     rate = (values["lr"] - values["min_lr"]) * poly + values["min_lr"]
-    return rate * min(1.0, (iteration + 1) / max(values["warmup"], 1))
+    start, warmup = values["warmup_from"], max(values["warmup"], 1)
+    if start:
+        return rate * min(1.0, start + (1 - start) * iteration / warmup)
+    return rate * min(1.0, (iteration + 1) / warmup)
 
 
 def make_optimizer(model: nn.Module, values: dict) -> torch.optim.Optimizer:
@@ -189,6 +197,7 @@ def evaluate(run: Run, asked: Signals) -> None:
     if run.values["bn_images"]:
         refresh_batch_norm(run)
     matrix = score_dataset(run.model, run.val_set, device=run.device,
+                           protocol=protocol_of(run),
                            workers=run.args.workers, amp=run.args.amp,
                            upper_bound=run.upper_bound, stopped=lambda: asked.signal)
     if matrix is None:
@@ -218,13 +227,19 @@ def refresh_batch_norm(run: Run) -> None:
         torch.optim.swa_utils.update_bn(loader, run.model, device=run.device)
 
 
+def protocol_of(run: Run) -> Protocol:
+    """Whole images, single scale, resized as in training if they are there."""
+    return Protocol(base_size=run.values["base_size"])
+
+
 def finish(run: Run, seconds: float) -> None:
     """The picture and the last lines of a run."""
     if run.rank == 0:
         with not_vital("samples.png"):
             sample_sheet(run.model, run.val_set, run.folder / "samples.png",
-                         device=run.device, upper_bound=run.upper_bound)
-    print(run.matrix.summary(protocol=str(Protocol()),
+                         device=run.device, upper_bound=run.upper_bound,
+                         protocol=protocol_of(run))
+    print(run.matrix.summary(protocol=str(protocol_of(run)),
                              expected_images=len(run.val_set)))
     print(f"best mIoU on val {run.best:.4f}; {seconds:.0f} s; "
           f"see {run.folder}/samples.png and curves.png")
@@ -298,10 +313,16 @@ RECIPE = {
     "power": Option(0.9, "exponent of the poly schedule"),
     "min_lr": Option(1e-4, "learning rate at the end"),
     "warmup": Option(100, "steps of linear warm-up"),
+    "warmup_from": Option(0.0, "where it begins, as a share of the rate; 0: a step's"),
+    "base_size": Option((0, 0), "before the random scale, images are resized to fit "
+                                "into LONG SHORT pixels; 0 0: they are not"),
     "scale": Option((0.75, 1.5), "random scale, from and to", ABOVE_ZERO),
     "photometric": Option(True, "distort colours at random, 0 or 1"),
     "aux_weight": Option(0.4, "weight of each auxiliary loss"),
-    "ohem": Option(False, "online hard example mining, 0 or 1"),
+    "ohem": Option(0.0, "hard example mining: the share of each image's hardest pixels "
+                        "that counts; 0: all do"),
+    "ohem_threshold": Option(0.0, "with --ohem: so does each pixel whose true class "
+                                  "has a lower probability"),
     "channels": Option(128, "width of context and decoder", 1),
     "bn_images": Option(0, "whole images that give batch norm its statistics, 0: the "
                            "crops do"),
@@ -310,6 +331,9 @@ RECIPE = {
     "pretrain": Option(0, "first steps with the method's own loss, if it has one"),
     "clip": Option(0.0, "largest norm that the gradient may have, 0: any"),
 }
+# What a paper that does not speak of it has not done.
+LEFT_OUT = ("iterations", "warmup_from", "base_size", "ohem", "ohem_threshold",
+            "bn_images", "head_lr", "pretrain", "clip")
 OUR_DATASETS = {
     "streets": {"crop": (128, 256), "epochs": 6, "scale": (1.0, 1.0),
                 "photometric": False},
@@ -322,10 +346,15 @@ def recipes_of(method: str) -> dict:
 
 
 def recipe_name(args) -> str:
-    """Papers that say VOC mean the augmented set; both Contexts are trained alike."""
+    """The key of a module's RECIPES: a data set, or `data set:backbone` before that.
+
+    The augmented VOC is trained on as VOC is, both Contexts are trained on alike.
+    """
     other = {"voc-aug": "voc", "context59": "context60"}.get(args.dataset)
-    if other and args.dataset not in recipes_of(args.method):
-        return other
+    for name in filter(None, (args.dataset, other)):
+        for key in (f"{name}:{getattr(args, 'backbone', None)}", name):
+            if key in recipes_of(args.method):
+                return key
     return args.dataset
 
 
@@ -335,7 +364,8 @@ def make_recipe(args) -> dict[str, tuple]:
     papers = recipes_of(args.method).get(recipe_name(args))
     if papers:  # it brings the paper's network, too
         recipe.pop("channels")
-        recipe |= papers
+        recipe |= {name: (RECIPE[name].default, "not done in the paper")
+                   for name in LEFT_OUT} | {"epochs": (0, "steps are stated")} | papers
     else:
         recipe |= {name: (value, "ours")
                    for name, value in OUR_DATASETS.get(args.dataset, {}).items()}
@@ -458,6 +488,7 @@ def training_loader(run: Run):
                            world=run.world)
     return data.train_loader(run.train_set, batches, workers=run.args.workers,
                              crop=values["crop"], scale=values["scale"],
+                             base_size=values["base_size"],
                              photometric=values["photometric"],
                              upper_bound=run.upper_bound)
 
@@ -696,7 +727,7 @@ def parse(argv=None) -> argparse.Namespace:
     for name, option in RECIPE.items():
         add_option(group, name, option)
     given = vars(parser.parse_args(argv))
-    for name in ("crop", "scale"):
+    for name in ("crop", "scale", "base_size"):
         if name in given:
             given[name] = tuple(given[name])
     if "data_root" in given:  # the run may be resumed from elsewhere
@@ -828,9 +859,11 @@ def new_folder(args) -> Path:
     """A new folder for the run; a default name gets a number if it is taken."""
     if args.out:
         folder = Path(args.out)
-        if any((folder / name).exists() for name in CHECKPOINTS):
-            raise UserError(f"{folder} holds a run; continue it with --resume "
-                            f"{folder}, or give another --out")
+        there = [name for name in CHECKPOINTS if (folder / name).exists()]
+        if there:
+            go_on = "" if there == ["best.pt"] else f", or --resume {folder}"
+            raise UserError(f"{folder} holds a run ({', '.join(there)}); give another "
+                            f"--out{go_on}")
     else:
         name = f"{args.method.replace(':', '-')}-{args.dataset}-s{args.seed}"
         taken = 1
