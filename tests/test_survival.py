@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "thin")
 # workers, accumulation, 16 bits: every option that orders the arithmetic differently
 SETTINGS = [(workers, parts, amp) for workers in (0, 2) for parts in (1, 2)
             for amp in ("off", "bf16")] + [(0, 1, "fp16")]
-QUICK = [(0, 1, "off"), (2, 2, "bf16"), (0, 1, "fp16")]
+QUICK = [(0, 1, "off"), (2, 2, "bf16")]
 
 
 def setting(workers, parts, amp):
@@ -107,7 +107,8 @@ def test_kill_9_inside_a_write_loses_nothing(tmp_path):
     assert not list((tmp_path / "cut").glob("*.tmp"))
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("kills", [3, 50])
 def test_kill_9_at_random_moments_loses_nothing(tmp_path, kills):
     settings = [*TINY, "--iterations", 8 * kills, "--eval-every", 3 * kills,
                 "--save-every", 2, "--workers", 1]
@@ -177,7 +178,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(how, stopped, undamage
     assert_same(undamaged, contents(stopped))
 
 
-@pytest.mark.parametrize("how", DAMAGE)
+@pytest.mark.parametrize("how", ["half", "gone"])
 def test_two_damaged_checkpoints_are_an_error_and_stay(how, stopped, capsys):
     """Exit 2, both are named, and every file is as before: somebody may rescue it."""
     for name in ("last.pt", "prev.pt"):
