@@ -93,7 +93,7 @@ def train_step(run: Run, images: Tensor, labels: Tensor) -> tuple[dict, float]:
     run.optimizer.zero_grad(set_to_none=True)
     losses = backward(run, images, labels)
     run.scaler.unscale_(run.optimizer)  # fp16 scales its loss; else without effect
-    # The norm of all gradients is finite if and only if each of them is.
+    # One number for all gradients and all processes: finite only if each of them is.
     norm = nn.utils.clip_grad_norm_(run.model.parameters(),
                                     run.values["clip"] or math.inf).item()
     if math.isfinite(losses["loss"]) and math.isfinite(norm):
@@ -111,8 +111,8 @@ def backward(run: Run, images: Tensor, labels: Tensor) -> dict[str, float]:
 
     A mean over the means of parts would let a pixel weigh more where many around it
     are void. So each part counts by its share of the valid pixels of all processes,
-    and the gradient is that of the undivided batch. (Batch norm sees one part at a
-    time, and hard example mining chooses among the pixels of one.)
+    and the gradient is that of the undivided batch, but for batch norm, which sees one
+    part at a time.
     """
     pretrain = run.done < run.values["pretrain"]
     sums = {}

@@ -92,7 +92,7 @@ def test_schedule_warms_up_and_decays_to_min_lr():
     assert low[5] == pytest.approx(rates[5] * 0.75 / 0.6), "half way to the full rate"
 
 
-@pytest.mark.parametrize("method", [*methods(), "nrd:bilinear"])
+@pytest.mark.parametrize("method", methods())
 def test_a_batch_can_be_learned_by_heart(method):
     """30 SGD steps on two small crops: the loss falls below 60 % of its start.
 
