@@ -96,7 +96,8 @@ def test_images_smaller_than_a_cell_are_padded_by_their_border():
 
 @pytest.mark.parametrize("protocol", [
     Protocol(), Protocol(window=(50, 64)), Protocol(window=(64, 64), stride=(9, 40)),
-    replace(MS, base_size=(120, 110)), MS, replace(MS, window=(48, 96)), replace(MS, fuse="exp")], ids=str)
+    replace(MS, base_size=(120, 110)),
+    MS, replace(MS, window=(48, 96)), replace(MS, fuse="exp")], ids=str)
 @torch.no_grad()
 def test_protocols_equal_their_slow_twin(protocol):
     """Windows, scales, flip and both fusions against full maps in nested loops."""
