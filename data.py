@@ -320,7 +320,8 @@ def mosaic(rows: list[list[np.ndarray]], info, *, titles=()) -> Image.Image:
     """Rows of pictures (h, w, 3) on white, titles above the columns, a legend below."""
     width = max(200, *(sum(tile.shape[1] + 4 for tile in row) for row in rows))
     heights = [max(tile.shape[0] for tile in row) + 4 for row in rows]
-    top, strip = 20 if titles else 0, Image.fromarray(legend(info, width))
+    top = 20 if titles else 0
+    strip = Image.fromarray(legend(info, width))
     sheet = Image.new("RGB", (width, top + sum(heights) + strip.height), "white")
     for i, title in enumerate(titles):
         ImageDraw.Draw(sheet).text((i * width // len(titles) + 4, 2), title,

@@ -511,7 +511,8 @@ class DUpsamplingDecoder(nn.Module):
         """
         r = self.dupsample.ratio
         lo, hi = rows or (0, size[0])
-        first, end = lo // r, math.ceil(hi / r)  # rows of the grid of windows
+        first = lo // r  # of the rows of windows
+        end = math.ceil(hi / r)
         drawn = self.dupsample(coarse[:, :, first:end])
         return drawn[..., lo - first * r:hi - first * r, :size[1]]
 

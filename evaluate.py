@@ -578,7 +578,8 @@ def command_score(args) -> None:
     model, K = restore(checkpoint, device), len(dataset.info.classes)
     for name in ("model", "optimizer"):  # the model has them by now: half the memory
         checkpoint.pop(name, None)
-    upper_bound, cut = checkpoint["backbone"] == LABELS, Counter()
+    upper_bound = checkpoint["backbone"] == LABELS
+    cut = Counter()
     measures = {"per_image": PerImage(len(dataset), K)}
     if args.bands:
         trimap = dataset.info.name.startswith("voc")
@@ -1094,7 +1095,8 @@ def command_table(args) -> None:
     grouped: dict[str, list[dict]] = {}
     for row in finished_runs(args.runs):
         grouped.setdefault(json.dumps(row["facts"], sort_keys=True), []).append(row)
-    table, groups = [], [sorted(g, key=lambda r: r["seed"]) for g in grouped.values()]
+    table = []
+    groups = [sorted(g, key=lambda r: r["seed"]) for g in grouped.values()]
     for name, rows in zip(distinguished(groups), groups):
         for one, two in zip(rows, rows[1:]):
             if one["seed"] == two["seed"]:
