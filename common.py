@@ -361,22 +361,29 @@ class ASPP(nn.Module):
     1x1, three dilated 3x3 and the global average, each to `channels`; concatenated and
     projected back to `channels` by a `projection` x `projection` convolution: 1x1 in
     that paper, 3x3 in mmsegmentation. `separable` splits the dilated 3x3 into depthwise
-    and pointwise.
+    and pointwise. Without `image_level` the global average is left out.
     """
 
     def __init__(self, in_channels: int, channels: int, *, rates=(3, 6, 9),
-                 separable=True, projection=3):
+                 separable=True, projection=3, image_level=True):
         super().__init__()
         atrous = separable_conv if separable else conv_bn_relu
-        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1),
-                                  *conv_bn_relu(in_channels, channels, 1))
+        self.pool = None
+        if image_level:
+            self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1),
+                                      *conv_bn_relu(in_channels, channels, 1))
         self.branches = nn.ModuleList([conv_bn_relu(in_channels, channels, 1)])
         self.branches += [atrous(in_channels, channels, dilation=r) for r in rates]
-        self.project = conv_bn_relu(channels * (2 + len(rates)), channels, projection)
+        views = len(self.branches) + image_level
+        self.project = conv_bn_relu(channels * views, channels, projection)
 
     def forward(self, x: Tensor) -> Tensor:
-        pooled = self.pool(x).expand(-1, -1, *x.shape[-2:])  # one vector, everywhere
-        return self.project(torch.cat([pooled] + [b(x) for b in self.branches], dim=1))
+        views = []
+        if self.pool:
+            pooled = self.pool(x)  # one vector, for every position
+            views.append(pooled.expand(-1, -1, *x.shape[-2:]))
+        views += [branch(x) for branch in self.branches]
+        return self.project(torch.cat(views, dim=1))
 
 
 class FCNHead(nn.Module):

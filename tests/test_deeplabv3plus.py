@@ -354,8 +354,32 @@ def test_the_decoder_adds_what_table_3_says(stride, published):
     assert added == pytest.approx(published or 21.76, abs=0.011)
 
 
+@pytest.mark.parametrize("variant, more", [
+    # By hand: k * k * in * out weights, and a batch norm's two numbers per channel.
+    ("one-3x3", 304 * 256 * 9 + 512), ("plain", 304 * 256 * 9 + 256 * 256 * 9 + 1024),
+    ("three-3x3", 304 * 256 * 9 + 2 * 256 * 256 * 9 + 1536),
+    ("half-width", 304 * 128 * 9 + 256 - 21 * 128), ("one-1x1", 304 * 256 + 512),
+    ("conv2-conv3", 2 * 304 * 256 * 9 + 1024 + 512 * 48 + 96),
+    ("reduce-8", 264 * 256 * 9 + 512 - 40 * 256 - 80),
+    ("reduce-64", 320 * 256 * 9 + 512 + 16 * 256 + 32)])
+def test_decoders_of_tables_1_and_2(variant, more):
+    """Parameters that each row has beyond reducing to 48 channels and classifying."""
+    model, _ = common.shapes_only(f"deeplabv3plus:{variant}", 21, (64, 64),
+                                  backbone="resnet101")
+    shared = 256 * 48 + 96 + 256 * 21 + 21
+    assert sum(p.numel() for p in model.decoder.parameters()) == shared + more
+
+
+def test_table_7_leaves_out_the_image_level():
+    """ASPP without its global average: one view less, and one fifth less to project."""
+    whole, less = (sum(p.numel() for p in common.shapes_only(
+        f"deeplabv3plus:{variant}", 19, (64, 64))[0].context.parameters())
+        for variant in ("default", "no-image-level"))
+    assert whole - less == 2048 * 256 + 512 + 256 * 256
+
+
 def test_recipes_say_where_each_value_stands():
-    """VOC by the authors' code; Cityscapes and ADE20K as in NRD's tables (N9)."""
+    """VOC by the paper and its code; Cityscapes and ADE20K as in NRD's tables (N9)."""
     for dataset, expected in {
             "voc": {"lr": 0.007, "weight_decay": 1e-4, "iterations": 30_000,
                     "crop": (513, 513), "batch": 16, "power": 0.9, "momentum": 0.9,
