@@ -27,6 +27,7 @@ the end a picture book: how `streets` is drawn.
 from __future__ import annotations
 
 import argparse
+import csv
 import math
 import os
 import signal
@@ -228,62 +229,20 @@ def make_lut(mapping: dict[int, int]) -> np.ndarray:
 
 # --- Published data sets: what their classes are called ------------------------------
 
-CAMVID_CLASSES = ("sky", "building", "pole", "road", "pavement", "tree", "sign symbol",
-                  "fence", "car", "pedestrian", "bicyclist")
-CAMVID_PALETTE = ((128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128),
-                  (0, 0, 192), (128, 128, 0), (192, 128, 128), (64, 64, 128),
-                  (64, 0, 128), (64, 64, 0), (0, 128, 192))
 CITYSCAPES = sorted((c for c in Cityscapes.classes if c.train_id not in (-1, 255)),
                     key=lambda c: c.train_id)
-VOC_CLASSES = tuple(
-    "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable "
-    "dog horse motorbike person pottedplant sheep sofa train tvmonitor".split())
-CONTEXT_CLASSES = tuple(
-    "aeroplane bag bed bedclothes bench bicycle bird boat book bottle building bus "
-    "cabinet car cat ceiling chair cloth computer cow cup curtain dog door fence floor "
-    "flower food grass ground horse keyboard light motorbike mountain mouse person "
-    "plate platform pottedplant road rock sheep shelves sidewalk sign sky snow sofa "
-    "table track train tree truck tvmonitor wall water window wood".split())
-ADE20K_CLASSES = tuple(name.strip() for name in """
-    wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet,
-    sidewalk, person, earth, door, table, mountain, plant, curtain, chair, car, water,
-    painting, sofa, shelf, house, sea, mirror, rug, field, armchair, seat, fence, desk,
-    rock, wardrobe, lamp, bathtub, railing, cushion, base, box, column, signboard,
-    chest of drawers, counter, sand, sink, skyscraper, fireplace, refrigerator,
-    grandstand, path, stairs, runway, case, pool table, pillow, screen door, stairway,
-    river, bridge, bookcase, blind, coffee table, toilet, flower, book, hill, bench,
-    countertop, stove, palm, kitchen island, computer, swivel chair, boat, bar,
-    arcade machine, hovel, bus, towel, light, truck, tower, chandelier, awning,
-    streetlight, booth, television receiver, airplane, dirt track, apparel, pole, land,
-    bannister, escalator, ottoman, bottle, buffet, poster, stage, van, ship, fountain,
-    conveyer belt, canopy, washer, plaything, swimming pool, stool, barrel, basket,
-    waterfall, tent, bag, minibike, cradle, oven, ball, food, step, tank, trade name,
-    microwave, pot, animal, bicycle, lake, dishwasher, screen, blanket, sculpture, hood,
-    sconce, vase, traffic light, tray, ashcan, fan, pier, crt screen, plate, monitor,
-    bulletin board, shower, radiator, glass, clock, flag
-""".replace("\n", " ").split(","))
-ADE20K_PALETTE = tuple(zip(*3 * [iter(bytes.fromhex("""
-    787878b4787806e6e650323204c8037878508c8c8ccc05ffe6e6e604fa07e005ffebff0796053d787846
-    08ff33ff06528fff8cccff04ff3307cc46030066c83de6faff06330b66ffff0747ff09e00907e6dcdcdc
-    ff095c7009ff08ffd607ffe0ffb8060aff47ff290a07ffffe0ff086608ffff3d06ffc207ff7a0800ff14
-    ff0829ff05990633ffeb0cffa0961400a3ff8c8c8cfa0a0f14ff001fff00ff1f00ffe00099ff000000ff
-    ff470000ebff00adff1f00ff0bc8c8ff520000fff5003dff00ff7000ff85ff0000ffa300ff6600c2ff00
-    008fff33ff000052ff00ff2900ffad0a00ffadff0000ff99ff5c00ff00ffff00f5ff0066ffad00ff0014
-    ffb8b8001fff00ff3d0047ffff00cc00ffc200ff52000aff0070ff3300ff00c2ff007aff00ffa3ff9900
-    00ff0aff70008fff005200ffa3ff00ffeb0008b8aa8500ff00ff5cb800ffff001f00b8ff00d6ffff0070
-    5cff0000e0ff70e0ff46b8a0a300ff9900ff47ff00ff00a3ffcc00ff008f00ffeb85ff00ff00ebf500ff
-    ff007afff5000abed4d6ff0000ccff1400ffffff000099ff0029ff00ffcc2900ff29ff00ad00ff00f5ff
-    4700ff7a00ff00ffb8005cffb8ff000085ffffd60019c2c266ff005c00ff
-"""))]))
 
 
-def voc_colour(label: int) -> tuple[int, int, int]:
-    """Bits 0, 3, 6 of an id are red's highest ones, 1, 4, 7 green's, 2, 5, 8 blue's."""
-    channel = lambda c: sum((label >> 3 * k + c & 1) << 7 - k for k in range(3))
-    return channel(0), channel(1), channel(2)
+def class_table(name: str) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
+    """Names and colours of a data set's classes, from results/classes.csv."""
+    path = Path(__file__).parent / "results" / "classes.csv"
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["dataset"] == name]
+    return (tuple(row["name"] for row in rows),
+            tuple((int(row["r"]), int(row["g"]), int(row["b"])) for row in rows))
 
 
-VOC_PALETTE = tuple(map(voc_colour, range(21)))
+CONTEXT60 = class_table("context60")
 
 
 def ignored_colour(palette) -> tuple[int, int, int]:
@@ -541,7 +500,7 @@ CONTEXT = (  # of the official 4998 and 5105 images, the converter loses a few
     "tools/dataset_converters/pascal_context.py")
 SOURCES = {
     "camvid": Source(
-        open_camvid, CAMVID_CLASSES, CAMVID_PALETTE,
+        open_camvid, *class_table("camvid"),
         make_lut({i: i for i in range(11)} | {11: 255, 255: 255}),  # 11: void
         {"train": [367], "val": [101], "test": [233]},
         "DIR/SPLIT/NAME.png DIR/SPLITannot/NAME.png",
@@ -559,18 +518,18 @@ SOURCES = {
         "leftImg8bit_trainvaltest.zip, gtFine_trainvaltest.zip",
         "cd {out} && zip -q ../cityscapes.zip *.png"),
     "voc": Source(
-        open_voc, VOC_CLASSES, VOC_PALETTE, VOC_LUT,
+        open_voc, *class_table("voc"), VOC_LUT,
         {"train": [1464], "val": [1449], "test": [1456]}, VOC_TREE,
         f"{VOC_HOME}, or --download", *VOC_SERVER),
     "voc-aug": Source(
-        open_voc, VOC_CLASSES, VOC_PALETTE, VOC_LUT,
+        open_voc, *class_table("voc"), VOC_LUT,
         {"train": [10582], "val": [1449], "test": [1456]},
         f"{VOC_TREE} {VOC}SegmentationClassAug/NAME.png "
         f"{VOC}ImageSets/Segmentation/train_aug.txt",
         f"{VOC_HOME} and http://home.bharathh.info/pubs/codes/SBD/download.html, made "
         "PNG by mmsegmentation's tools/dataset_converters/voc_aug.py", *VOC_SERVER),
     "ade20k": Source(
-        open_ade20k, ADE20K_CLASSES, ADE20K_PALETTE,
+        open_ade20k, *class_table("ade20k"),
         make_lut({i + 1: i for i in range(150)} | {0: 255}),  # 0: none of the 150
         {"train": [20210], "val": [2000], "test": [3352]},
         "DIR/images/{training,validation}/NAME.jpg "
@@ -579,10 +538,10 @@ SOURCES = {
         "http://sceneparsing.csail.mit.edu, DIR being its folder ADEChallengeData2016",
         "cd {out} && zip -q ../ade20k.zip *.png"),
     "context59": Source(
-        open_context, CONTEXT_CLASSES, ADE20K_PALETTE[1:60],
+        open_context, CONTEXT60[0][1:], CONTEXT60[1][1:],
         make_lut({i + 1: i for i in range(59)} | {0: 255, 255: 255}), *CONTEXT),
     "context60": Source(
-        open_context, ("background", *CONTEXT_CLASSES), ADE20K_PALETTE[:60],
+        open_context, *CONTEXT60,
         make_lut({i: i for i in range(60)} | {255: 255}), *CONTEXT),
     "folder": Source(  # classes.txt or the masks tell the rest
         open_folder, (), (), np.arange(256), {"train": [], "val": [], "test": []},

@@ -29,7 +29,7 @@ import re
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
@@ -52,7 +52,6 @@ from common import (IGNORE_INDEX, LABELS, ConfusionMatrix, UserError, autocast,
 
 STRIP = 2**20  # floats of scores in a strip of rows of the image, decided at once
 BAND = 2**27   # floats of the sum over scales and flips; beyond it, by bands of rows
-CPU_PIXELS = 530_000  # in one pass: with a ResNet-50 all five stay below 2 GB
 
 
 @dataclass(frozen=True)
@@ -68,8 +67,6 @@ class Protocol:
     base_size     (long, short) into which an image is made to fit before it is scaled,
                   (0, 0): its own size
     max_pixels    leave out scales at which the image has more, 0: none
-    pass_pixels   most pixels that go through the network at once, 0: any; a larger
-                  image goes in windows, halved until they are small enough
     """
 
     scales: tuple[float, ...] = (1.0,)
@@ -79,11 +76,10 @@ class Protocol:
     stride: tuple[int, int] | None = None
     base_size: tuple[int, int] = (0, 0)
     max_pixels: int = 0
-    pass_pixels: int = 0
 
     def __str__(self) -> str:
         said = "whole image" if not self.window else (
-            "windows {}x{} every {}x{}".format(*self.window, *self.steps(self.window)))
+            "windows {}x{} every {}x{}".format(*self.window, *self.steps()))
         if self.scales == (1.0,):
             said += ", single scale"
         else:
@@ -95,10 +91,9 @@ class Protocol:
             said += ", resized into {}x{}".format(*self.base_size)
         return said + (f", <= {self.max_pixels} px" if self.max_pixels else "")
 
-    def steps(self, window: tuple[int, int]) -> tuple[int, int]:
-        """From one window to the next: no further than a window is long."""
-        wished = self.stride or tuple(math.ceil(2 * n / 3) for n in window)
-        return tuple(min(step, n) for step, n in zip(wished, window))
+    def steps(self) -> tuple[int, int]:
+        """From one window to the next."""
+        return self.stride or tuple(math.ceil(2 * n / 3) for n in self.window)
 
     def passes(self, H: int, W: int) -> list[tuple[tuple[int, int], bool]]:
         """[(size, mirrored)] for an image of H x W pixels."""
@@ -113,31 +108,6 @@ class Protocol:
         mirrored = (False, True) if self.flip else (False,)
         return [(size, flipped) for size in kept for flipped in mirrored]
 
-    def window_for(self, size: tuple[int, int]) -> tuple[int, int]:
-        """The window for an image of `size`, halved while it is too large."""
-        window = tuple(min(n, N) for n, N in zip(self.window or size, size))
-        while self.pass_pixels and window[0] * window[1] > self.pass_pixels:
-            window = halved(window)
-        return window
-
-    def smaller_windows(self, H: int, W: int) -> list[str]:
-        """Passes of an image that go in smaller windows than was asked for."""
-        pairs = [(size, self.window_for(size)) for size, _ in self.passes(H, W)]
-        wished = replace(self, pass_pixels=0)
-        said = ("above {} pixels at once (--pass-pixels 0 is without limit), so {}x{} "
-                "in windows of {}x{}")
-        return [said.format(self.pass_pixels, *size, *window)
-                for size, window in pairs if window != wished.window_for(size)]
-
-
-def halved(window: tuple[int, int]) -> tuple[int, int]:
-    """Half the window: its longer side, to a multiple of the encoder's 32."""
-    if max(window) <= 64:
-        raise UserError("not even a window of 64x64 is small enough")
-    h, w = window
-    half = lambda n: 32 * math.ceil(n / 64)
-    return (half(h), w) if h > w else (h, half(w))
-
 
 class Windows:
     """The logits of one (resized, mirrored) image by rows, from one or more windows.
@@ -150,10 +120,11 @@ class Windows:
     the logits are averaged. The last window of a row or column moves back inside.
     """
 
-    def __init__(self, model: nn.Module, images: Tensor, window, steps):
+    def __init__(self, model: nn.Module, images: Tensor, protocol: Protocol):
         self.model, self.images, self.alive = model, images, {}
         H, W = images.shape[-2:]
-        h, w = (min(n, N) for n, N in zip(window, (H, W)))
+        h, w = (min(n, N) for n, N in zip(protocol.window or (H, W), (H, W)))
+        steps = protocol.steps() if protocol.window else (h, w)
         places = lambda n, N, step: [min(i * step, N - n)
                                      for i in range(math.ceil((N - n) / step) + 1)]
         self.boxes = [(y, x, h, w) for y in places(h, H, steps[0])
@@ -215,13 +186,21 @@ def predict(model: nn.Module, images: Tensor, protocol=Protocol()) -> Tensor:
     """Class ids (H, W) of one normalised image (1, 3, H, W), by a protocol.
 
     A single pass is enlarged and decided by strips of rows. Several passes need their
-    sum, which is kept for a band of rows at a time.
+    sum, which is kept for a band of rows at a time. Out of memory is a UserError: with
+    windows that nobody asked for the number would be another one.
     """
     H, W = images.shape[-2:]
     passes = len(protocol.passes(H, W))
     band = H if passes == 1 else max(1, BAND // (model.num_classes * W))
     bands = [slice(top, min(top + band, H)) for top in range(0, H, band)]
-    return torch.cat([decide(model, images, protocol, rows) for rows in bands])
+    try:
+        return torch.cat([decide(model, images, protocol, rows) for rows in bands])
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        h, w = (max(64, n // 2) for n in protocol.window or (H, W))
+        raise UserError(f"out of memory for an image of {H}x{W} ({protocol}): try "
+                        f"evaluate.py with --window {h} {w}", code=1) from None
 
 
 def decide(model: nn.Module, images: Tensor, protocol: Protocol, rows: slice) -> Tensor:
@@ -234,9 +213,7 @@ def decide(model: nn.Module, images: Tensor, protocol: Protocol, rows: slice) ->
     ids, strip = [], max(1, STRIP // (K * W))
     for size, mirrored in passes:
         view = images if size == (H, W) else resize(images, size)
-        window = protocol.window_for(size)
-        scores = Windows(model, view.flip(-1) if mirrored else view, window,
-                         protocol.steps(window))
+        scores = Windows(model, view.flip(-1) if mirrored else view, protocol)
         for lo in range(rows.start, rows.stop, strip):
             hi = min(lo + strip, rows.stop)
             x = scores.resized_rows(lo, hi, (H, W))
@@ -253,55 +230,30 @@ def decide(model: nn.Module, images: Tensor, protocol: Protocol, rows: slice) ->
     return ids.byte()
 
 
-def predict_in_memory(model: nn.Module, images: Tensor,
-                      protocol: Protocol) -> tuple[Tensor, list[str]]:
-    """predict, and what went in smaller windows than was asked for, and why.
-
-    Out of memory, it is done again with half the window.
-    """
-    (H, W), full = images.shape[-2:], []
-    while True:
-        try:
-            ids = predict(model, images, protocol)
-            return ids, full + protocol.smaller_windows(H, W)
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-        largest, _ = max(protocol.passes(H, W))
-        window = halved(protocol.window or largest)
-        protocol = replace(protocol, window=window, stride=None)
-        full = ["out of memory, so {}x{} in windows of {}x{}".format(H, W, *window)]
-        print(full[0], file=sys.stderr)
-
-
 # --- Class ids are counted -----------------------------------------------------------
 
 
 def score_dataset(model: nn.Module, dataset, *, device, workers=0, amp="off",
-                  protocol=Protocol(), measures=(), upper_bound=False, cut=None,
+                  protocol=Protocol(), measures=(), upper_bound=False,
                   stopped=lambda: False) -> ConfusionMatrix | None:
     """Confusion matrix of the model on a whole split; train.py uses this too.
 
     Of several processes each scores the images rank, rank + world, ..: none twice, none
     left out, and no word between them before the sums at the end. `measures` are told
-    every image, too; their `sums` are added up as the matrix is. `cut`, a Counter, is
-    told which passes went in smaller windows. If `stopped()` comes true, in any
-    process, there is no result.
+    every image, too; their `sums` are added up as the matrix is. If `stopped()` comes
+    true, in any process, there is no result.
     """
     model.eval()
     rank, world = rank_and_world()
     matrix, cut_short = ConfusionMatrix(len(dataset.info.classes)), False
     loader = data.val_loader(dataset, workers=workers, start=rank, step=world,
                              upper_bound=upper_bound)
-    smaller = Counter()
     with torch.inference_mode(), autocast(device, amp):
         for step, (inputs, labels) in enumerate(loader):
             if stopped():
                 cut_short = True
                 break
-            guess, said = predict_in_memory(model, inputs.to(device), protocol)
-            smaller.update(said)
-            guess = guess.cpu()
+            guess = predict(model, inputs.to(device), protocol).cpu()
             matrix.update(labels[0], guess)
             for measure in measures:
                 measure.update(rank + step * world, labels[0], guess)
@@ -313,11 +265,6 @@ def score_dataset(model: nn.Module, dataset, *, device, workers=0, amp="off",
             dist.all_reduce(y)
             x.copy_(y)
         matrix.images, cut_short = seen.tolist()
-        everywhere = [None] * world
-        dist.all_gather_object(everywhere, smaller)
-        smaller = sum(everywhere, Counter())
-    if cut is not None:
-        cut.update(smaller)
     if cut_short:
         return None
     if matrix.images != len(dataset):
@@ -488,7 +435,7 @@ def sample_sheet(model, dataset, path: Path, *, device, indices=None,
         image, truth = dataset.load(index)
         inputs = data.network_input(image, truth, dataset.info, upper_bound)[None]
         with torch.inference_mode():
-            guess, _ = predict_in_memory(model, inputs.to(device), protocol)
+            guess = predict(model, inputs.to(device), protocol)
         every = math.ceil(truth.shape[1] / 480)  # a large image: some pixels of it
         thin = lambda x: x[..., ::every, ::every].cpu().numpy()
         rows.append(sample_row(thin(image).transpose(1, 2, 0), thin(truth), thin(guess),
@@ -535,7 +482,7 @@ def bands_picture(bands: Bands, miou: float, path: Path) -> None:
 # --- score ---------------------------------------------------------------------------
 
 
-def protocol_of(args, *, device: str) -> Protocol:
+def protocol_of(args) -> Protocol:
     """The protocol that the command line asks for."""
     if min(args.scales) <= 0 or len(set(args.scales)) < len(args.scales):
         raise UserError(f"--scales {args.scales}: positive and different ones, please")
@@ -546,12 +493,9 @@ def protocol_of(args, *, device: str) -> Protocol:
     for name in ("window", "stride"):
         if getattr(args, name) and min(getattr(args, name)) < 1:
             raise UserError(f"--{name}: pixels, from 1 on")
-    at_once = args.pass_pixels
-    if at_once is None:
-        at_once = CPU_PIXELS if device == "cpu" else 0
     pair = lambda x: tuple(x) if x else None
     return Protocol(tuple(args.scales), args.flip, args.fuse, pair(args.window),
-                    pair(args.stride), tuple(args.base_size), args.max_pixels, at_once)
+                    pair(args.stride), tuple(args.base_size), args.max_pixels)
 
 
 def open_scored(args, checkpoint: dict):
@@ -574,12 +518,11 @@ def command_score(args) -> None:
     """mIoU, accuracies, per-class table and pictures of a checkpoint."""
     device, started = join_processes(args.device), time.time()
     checkpoint = load_checkpoint(args.checkpoint)
-    protocol, dataset = protocol_of(args, device=device), open_scored(args, checkpoint)
+    protocol, dataset = protocol_of(args), open_scored(args, checkpoint)
     model, K = restore(checkpoint, device), len(dataset.info.classes)
     for name in ("model", "optimizer"):  # the model has them by now: half the memory
         checkpoint.pop(name, None)
     upper_bound = checkpoint["backbone"] == LABELS
-    cut = Counter()
     measures = {"per_image": PerImage(len(dataset), K)}
     if args.bands:
         trimap = dataset.info.name.startswith("voc")
@@ -587,14 +530,14 @@ def command_score(args) -> None:
     if args.boundary_f:
         measures["boundary_f"] = BoundaryF(len(dataset), K)
     matrix = score_dataset(model, dataset, device=device, workers=args.workers,
-                           amp=args.amp, protocol=protocol, cut=cut,
+                           amp=args.amp, protocol=protocol,
                            measures=measures.values(), upper_bound=upper_bound)
     rank, _ = rank_and_world()
     if dist.is_initialized():
         dist.destroy_process_group()
     if rank > 0:
         return
-    report = make_report(args, checkpoint, dataset, matrix, protocol, measures, cut)
+    report = make_report(args, checkpoint, dataset, matrix, protocol, measures)
     report["seconds"] = round(time.time() - started, 1)
     report["peak_gb"] = round(peak_memory(device), 2)
     text = report_text(report, matrix)
@@ -619,7 +562,7 @@ def score_folder(args, report: dict) -> Path:
     """Beside the checkpoint, under a name that no other number would have."""
     file = checkpoint_file(args.checkpoint)
     words = [report["dataset"], report["split"], file.stem, str(report["iteration"]),
-             report["asked"], "" if args.amp == "off" else args.amp,
+             report["protocol"], "" if args.amp == "off" else args.amp,
              "" if args.convention == "ours" else args.convention]
     if args.data_root:  # another place, perhaps other images
         words.append(Path(args.data_root).absolute().as_posix())
@@ -627,7 +570,7 @@ def score_folder(args, report: dict) -> Path:
     return file.parent / f"score-{name}"
 
 
-def make_report(args, checkpoint, dataset, matrix, protocol, measures, cut) -> dict:
+def make_report(args, checkpoint, dataset, matrix, protocol, measures) -> dict:
     """All that is known of this score, for score.json; NaN becomes null."""
     number = lambda x: None if x != x else x
     file = checkpoint_file(args.checkpoint)
@@ -643,11 +586,8 @@ def make_report(args, checkpoint, dataset, matrix, protocol, measures, cut) -> d
         "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
         "options": checkpoint["options"], "iteration": checkpoint["iteration"],
         "dataset": dataset.info.name, "split": args.split, "images": matrix.images,
-        "asked": str(protocol),
-        "protocol": str(protocol) + (f", {sum(cut.values())} passes in smaller windows"
-                                     if cut else ""),
-        "settings": asdict(protocol) | {"amp": args.amp},
-        "smaller_windows": dict(cut), "convention": args.convention,
+        "protocol": str(protocol), "settings": asdict(protocol) | {"amp": args.amp},
+        "convention": args.convention,
         # Two data sets with two numbers, which no formula turns into one another.
         "metric": {"context59": "mIoU59", "context60": "mIoU60"}.get(
             dataset.info.name, "mIoU"),
@@ -692,7 +632,6 @@ def report_text(report: dict, matrix: ConfusionMatrix) -> str:
         lines.append("boundary F-score, by radius as share of the diagonal: "
                      + "  ".join(f"{share:.3%} {f:.4f}"
                                  for share, f in report["boundary_f"]))
-    lines += [f"{how} ({n} times)" for how, n in report["smaller_windows"].items()]
     lines.append(f"{report['seconds']} s, peak {report['peak_gb']} GB")
     lines.append(matrix.summary(
         protocol=report["protocol"], expected_images=report["images"],
@@ -721,19 +660,15 @@ def command_predict(args) -> None:
     Method, classes, palette and normalisation come from the checkpoint.
     """
     checkpoint, model, normalise = photo_model(args.checkpoint, args.device)
-    protocol, cut = protocol_of(args, device=args.device), Counter()
+    protocol = protocol_of(args)
 
     @torch.inference_mode()
     def label(image: Tensor) -> np.ndarray:
         inputs = normalise(image)[None].to(args.device)
-        ids, smaller = predict_in_memory(model, inputs, protocol)
-        cut.update(smaller)
-        return ids.cpu().numpy()
+        return predict(model, inputs, protocol).cpu().numpy()
 
     write = write_submission if args.submission else write_pictures
     write(args, checkpoint, label)
-    for how, n in cut.items():
-        print(f"{how} ({n} times)")
 
 
 def write_pictures(args, checkpoint: dict, label) -> None:
@@ -785,8 +720,8 @@ def write_submission(args, checkpoint: dict, label) -> None:
     for index in range(len(dataset)):
         image = dataset.image(index)
         picture = Image.fromarray(raw[label(image)])
-        if source.classes == data.VOC_CLASSES:
-            picture.putpalette(np.array(data.VOC_PALETTE, np.uint8).tobytes())
+        if source.open is data.open_voc:
+            picture.putpalette(np.array(source.palette, np.uint8).tobytes())
         path = out / f"{Path(dataset.name(index)).stem}.png"
         picture.save(path)
         written[path] = tuple(image.shape[1:])
@@ -1143,9 +1078,6 @@ def protocol_options() -> argparse.ArgumentParser:
                        help="make each image fit into it before it is scaled")
     group.add_argument("--max-pixels", type=int, default=0, metavar="N",
                        help="leave out scales at which the image has more")
-    group.add_argument("--pass-pixels", type=int, metavar="N",
-                       help="larger images go through in windows; 0: whole ones "
-                            f"(default {CPU_PIXELS} on a CPU, 0 on a GPU)")
     return how
 
 

@@ -97,7 +97,7 @@ def test_the_contact_sheet_shows_labels_in_their_colours(tmp_path, check):
     assert check("camvid", root)[0] == 0
     sheet = np.array(Image.open(tmp_path / "sheet.png"))
     labels = data.open_dataset("camvid", "train", root=str(root)).labels(0).numpy()
-    palette = np.array([*data.CAMVID_PALETTE, *[(0, 0, 0)] * 245])
+    palette = np.array([*data.SOURCES["camvid"].palette, *[(0, 0, 0)] * 245])
     tile = sheet[2:162, 166:326]  # the second of 160 x 160, each with a margin of 2
     shown = tile[10::20, 10::20]  # the middles of the 8x8 blocks, enlarged
     assert np.array_equal(shown, palette[labels[4::8, 4::8]])

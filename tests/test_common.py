@@ -298,7 +298,7 @@ def test_every_variant_trains_and_evaluates_at_any_size(spec, two_streets, thin)
 def rows_are_the_models_own(model, images, whole):
     """Enlarged by strips of rows, as it is scored, it says what `forward` says."""
     H, W = images.shape[-2:]
-    windows = evaluate.Windows(model, images, (H, W), (H, W))
+    windows = evaluate.Windows(model, images, evaluate.Protocol())
     for lo in range(0, H, 23):
         rows = windows.rows(lo, min(lo + 23, H))
         away = (rows - whole[:, lo:lo + 23]).abs().max() / whole.abs().max()

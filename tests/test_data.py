@@ -9,7 +9,7 @@ from torchvision import tv_tensors
 
 import data
 from common import UserError
-from conftest import RAW_IDS, VOC, draw_tree, save, tree_files
+from conftest import RAW_IDS, VOC, draw_tree, save, tree_files, voc_colour
 
 # --- streets -------------------------------------------------------------------------
 
@@ -127,14 +127,9 @@ def test_classes_have_their_names_and_colours(tmp_path, name):
 
 
 def test_voc_palette_is_the_bit_shuffle():
-    """The literal loop: three bits of the id at a time, from the highest colour bit."""
-    for label, colour in enumerate(data.VOC_PALETTE):
-        slow, left = [0, 0, 0], label
-        for bit in (7, 6, 5):
-            for channel in range(3):
-                slow[channel] |= (left >> channel & 1) << bit
-            left >>= 3
-        assert colour == tuple(slow), f"class {label}"
+    """A palette PNG of VOC has the colours of the devkit's loop."""
+    for label, colour in enumerate(data.SOURCES["voc"].palette):
+        assert list(colour) == voc_colour(label), f"class {label}"
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

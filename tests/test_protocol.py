@@ -67,7 +67,7 @@ def slowly(model, images, protocol):
             x = x.flip(-1) if mirrored else x
             h, w = protocol.window or size
             sums, seen = torch.zeros(1, model.num_classes, *size), torch.zeros(size)
-            steps = protocol.steps((h, w))
+            steps = protocol.steps() if protocol.window else size
             for i in range(math.ceil(max(0, size[0] - h) / steps[0]) + 1):
                 for j in range(math.ceil(max(0, size[1] - w) / steps[1]) + 1):
                     y = max(0, min(i * steps[0], size[0] - h))
@@ -90,7 +90,7 @@ def test_images_smaller_than_a_cell_are_padded_by_their_border():
     """20 rows: the network sees 32, the last ones repeated; the result has 20 again."""
     model, images = tiny(), torch.randn(1, 3, 20, 40)
     padded = F.pad(images, (0, 0, 0, 12), mode="replicate")
-    windows = evaluate.Windows(model, images, (20, 40), (20, 40))
+    windows = evaluate.Windows(model, images, Protocol())
     torch.testing.assert_close(windows.rows(0, 20), model(padded)["out"][0, :, :20])
 
 
@@ -180,50 +180,26 @@ def test_the_whole_score_map_never_exists(monkeypatch):
 
 
 @torch.no_grad()
-def test_large_images_go_in_windows_and_it_is_said():
-    """More pixels than are allowed at once: the ids of windows half as large."""
-    model, images = tiny(), torch.randn(1, 3, 96, 200)
-    limited = Protocol(pass_pixels=10_000)
-    halves = predict(model, images, Protocol(window=(96, 64)))
-    assert torch.equal(predict(model, images, limited), halves)
-    assert limited.smaller_windows(96, 200) == [
-        "above 10000 pixels at once (--pass-pixels 0 is without limit), so 96x200 in "
-        "windows of 96x64"]
-    steps = Protocol(window=(96, 200), stride=(90, 190)).steps((96, 64))
-    assert steps == (90, 64), "smaller windows with the old steps would leave gaps"
-    for enough in (Protocol(), Protocol(pass_pixels=96 * 200)):
-        assert torch.equal(predict(model, images, enough), predict(model, images))
-        assert not enough.smaller_windows(96, 200)
-    with pytest.raises(UserError, match="not even a window of 64x64 is small"):
-        predict(model, images, Protocol(pass_pixels=1000))
-
-
-@torch.no_grad()
-def test_out_of_memory_is_said_and_done_again_with_half_the_window(monkeypatch, capsys):
-    """The result is that of the smaller window, not of a retry with other numbers."""
+def test_out_of_memory_names_a_window_and_takes_none_by_itself(monkeypatch):
+    """Scored in windows the number would be another one: the user decides."""
     model, images = tiny(), torch.randn(1, 3, 96, 160)
-    expected, decode = predict(model, images, Protocol(window=(96, 96))), model.decode
 
     def full(crop):
-        if crop.shape[-1] > 128:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return decode(crop)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
     monkeypatch.setattr(model, "decode", full)
-    ids, said = evaluate.predict_in_memory(model, images, Protocol())
-    assert torch.equal(ids, expected)
-    assert said == ["out of memory, so 96x160 in windows of 96x96"]
-    assert said[0] in capsys.readouterr().err
+    with pytest.raises(UserError, match="image of 96x160 .*--window 64 80") as caught:
+        predict(model, images)
+    assert caught.value.code == 1
     monkeypatch.setattr(model, "decode", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # another error is not hidden
-        evaluate.predict_in_memory(model, images, Protocol())
+        predict(model, images)
 
 
 def predict_a_large_one(size, classes, said):
     """One pass of a network with random weights; the peak of this process."""
     model = common.build_model("nrd", classes, backbone="resnet18").eval()
-    limited = Protocol(pass_pixels=evaluate.CPU_PIXELS)
     with torch.inference_mode():
-        predict(model, torch.randn(1, 3, *size), limited)
+        predict(model, torch.randn(1, 3, *size))
     said.write_text(str(common.peak_memory("cpu")))
 
 
@@ -359,19 +335,6 @@ def test_report_holds_the_number_and_all_that_it_depends_on(seven, tmp_path, cap
     assert worst[0]["miou"] <= worst[1]["miou"] <= best[1]["miou"] <= best[0]["miou"]
     for name in ("confusion", "worst", "best", "bands"):
         assert Image.open(out / f"{name}.png").size[0] > 200, name
-
-
-def test_a_number_from_smaller_windows_does_not_call_itself_whole(seven, tmp_path,
-                                                                  capsys):
-    call_evaluate("score", seven, "--workers", 0, "--pass-pixels", 5000, "--out",
-                  tmp_path)
-    said = capsys.readouterr().out
-    report = json.loads((tmp_path / "score.json").read_text())
-    why = ("above 5000 pixels at once (--pass-pixels 0 is without limit), so 64x96 in "
-           "windows of 64x64")
-    assert report["smaller_windows"] == {why: 5}
-    assert "whole image, single scale, 5 passes in smaller windows" in said
-    assert f"{why} (5 times)" in said and "memory" not in said
 
 
 @pytest.mark.parametrize("name, said", [
@@ -522,16 +485,6 @@ def test_a_badly_written_submission_is_noticed(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="was not written well"):
         call_evaluate("predict", folder, "--submission", "--split", "val", "--out",
              tmp_path / "s")
-
-
-def test_a_large_picture_is_said_to_be_predicted_in_windows(seven, tmp_path, capsys):
-    """Windows see less of a picture than the whole network would: not in silence."""
-    picture = save(tmp_path / "p.png", np.zeros((96, 200, 3), np.uint8))
-    call_evaluate("predict", seven, picture, "--out", tmp_path / "o", "--pass-pixels",
-                  10_000)
-    assert "96x200 in windows of 96x64 (1 times)" in capsys.readouterr().out
-    call_evaluate("predict", seven, picture, "--out", tmp_path / "o")
-    assert "windows" not in capsys.readouterr().out
 
 
 def test_there_is_no_server_for_camvid(tmp_path, capsys):
