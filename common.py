@@ -899,6 +899,12 @@ def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def progress(done: int, total: int, title="") -> None:
+    """A counter that moves on the spot; in a file it would be one endless line."""
+    if rank_and_world()[0] == 0 and sys.stderr and sys.stderr.isatty():
+        print(f"\r{title} {done}/{total} ", end="", file=sys.stderr)
+
+
 def autocast(device, amp: str):
     """--amp bf16, fp16: products and convolutions in 16 bits; weights stay float32.
 

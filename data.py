@@ -47,7 +47,7 @@ from torchvision import tv_tensors
 from torchvision.datasets import Cityscapes, VOCSegmentation, voc
 from torchvision.transforms import v2
 
-from common import IGNORE_INDEX, UserError, one_hot, show_errors
+from common import IGNORE_INDEX, UserError, one_hot, progress, show_errors
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB in 0..1
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
@@ -869,10 +869,8 @@ def survey(dataset, title: str, workers: int) -> tuple[dict, Counter, Tensor]:
         else:
             sizes[size] += 1
             counts.append(pixels.clone())  # not in shared memory, see LabelMaps
-        if sys.stdout.isatty():  # in a file it would be one endless line
-            print(f"\r{title}: {index + 1}/{len(dataset)}", end=" ", flush=True)
-    print("\r" * sys.stdout.isatty() + f"{title}: {len(dataset)} images read, "
-          f"{len(faults)} with faults")
+        progress(index + 1, len(dataset), title)
+    print(f"{title}: {len(dataset)} images read, {len(faults)} with faults")
     binary = [i for i, pixels in enumerate(counts) if is_binary(pixels)]
     if binary and len(binary) == len(counts):
         faults[len(dataset)] = f"{title}: {ALL_BINARY}"

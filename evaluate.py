@@ -45,7 +45,7 @@ import data
 from common import (IGNORE_INDEX, LABELS, ConfusionMatrix, UserError, autocast,
                     build_model, checkpoint_file, checksum, count_cost, join_processes,
                     load_checkpoint, load_method, make_folder, methods, out_of_memory,
-                    peak_memory, published, rank_and_world, restore, rows_at,
+                    peak_memory, progress, published, rank_and_world, restore, rows_at,
                     shapes_only, show_errors)
 
 # --- An image becomes class ids ------------------------------------------------------
@@ -270,12 +270,6 @@ def score_dataset(model: nn.Module, dataset, *, device, workers=0, amp="off",
     if matrix.images != len(dataset):
         raise RuntimeError(f"scored {matrix.images} of {len(dataset)} images")
     return matrix
-
-
-def progress(done: int, total: int) -> None:
-    """A counter that moves on the spot; in a file it would be one endless line."""
-    if rank_and_world()[0] == 0 and sys.stderr and sys.stderr.isatty():
-        print(f"\r{done}/{total} ", end="", file=sys.stderr)
 
 
 class PerImage:

@@ -46,8 +46,8 @@ import data
 from common import (BACKBONES, FORMAT, IGNORE_INDEX, LABELS, Damaged, UserError,
                     autocast, build_model, check_option, join_processes,
                     load_checkpoint, load_method, make_folder, method_options, methods,
-                    out_of_memory, peak_memory, rank_and_world, save_checkpoint,
-                    segmentation_loss, show_errors)
+                    out_of_memory, peak_memory, progress, rank_and_world,
+                    save_checkpoint, segmentation_loss, show_errors)
 from evaluate import Protocol, sample_sheet, score_dataset
 
 # --- Part 1. The lesson --------------------------------------------------------------
@@ -439,9 +439,7 @@ def prepare_model(method: str, model, train_set, workers: int) -> None:
     prepare = getattr(load_method(method)[0], "prepare", None)
     if prepare:
         def say(step, steps, done):
-            if sys.stdout.isatty():  # in a file it would be one endless line
-                print(f"\rlabels, pass {step + 1} of {steps}: {done}/{len(train_set)} ",
-                      end="", flush=True)
+            progress(done, len(train_set), f"labels, pass {step + 1} of {steps}:")
         started = time.monotonic()
         line = prepare(model, data.LabelMaps(train_set, workers), progress=say)
         print(f"{line} ({time.monotonic() - started:.0f} s)")
