@@ -15,6 +15,7 @@ h, w the size of a coarse feature map, q, r that of a finer one.
 """
 from __future__ import annotations
 
+import argparse
 import csv
 import difflib
 import hashlib
@@ -22,10 +23,13 @@ import importlib
 import inspect
 import math
 import os
+import re
 import shutil
 import sys
+import tempfile
 import traceback
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import (contextmanager, nullcontext, redirect_stderr, redirect_stdout,
+                        suppress)
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -209,7 +213,7 @@ def load_weights(net: nn.Module, backbone: str, weights: str) -> str:
     if weights == "imagenet":
         state = imagenet_weights(backbone)
     elif Path(weights).is_file():
-        state = torch.load(weights, map_location="cpu", weights_only=True)
+        state = load_file(Path(weights))
         state = state.get("state_dict", state.get("model", state))
     else:
         raise UserError(f"--weights {weights}: no such file; give imagenet, none or "
@@ -239,7 +243,8 @@ def torchvision_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     that have weights are conv1.0 .. conv1.6, and the last norm is bn1.
     """
     names = {}
-    for key, value in state.items():
+    tensors = {str(key): x for key, x in state.items() if isinstance(x, Tensor)}
+    for key, value in tensors.items():
         for prefix in ("module.", "backbone.", "encoder."):
             key = key.removeprefix(prefix)
         if key.startswith("stem."):
@@ -798,22 +803,60 @@ def checksum(value, digest=None) -> str:
     return digest.hexdigest()
 
 
+def load_file(path: Path) -> dict:
+    """The dict in a file of torch.save. Only data is read: no code in it is run."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen kinds for a damaged file
+        said = str(error).splitlines()[0] if str(error) else type(error)
+        raise Damaged(f"{path} is damaged, or not a file of torch.save ({said})"
+                      ) from None
+    if not isinstance(content, dict):
+        raise Damaged(f"{path} holds a {type(content).__name__}, expected a dict")
+    return content
+
+
 def load_checkpoint(path: str | Path) -> dict:
     """A checkpoint's content, verified; a run folder stands for its last.pt."""
     path = checkpoint_file(path)
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen kinds for a damaged file
-        said = str(error).splitlines()[0] if str(error) else type(error)
-        raise Damaged(f"{path} is damaged or not a checkpoint ({said})") from None
-    if not isinstance(checkpoint, dict) or "format" not in checkpoint:
+    checkpoint = load_file(path)
+    if "format" not in checkpoint:
         raise Damaged(f"{path} is not a checkpoint of this train.py")
     if checkpoint["format"] != FORMAT:
         raise UserError(f"{path} has format {checkpoint['format']}, this library reads "
                         f"format {FORMAT}; use the version that wrote it")
     if checkpoint.pop("sha256", None) != checksum(checkpoint):
         raise Damaged(f"{path} is damaged (its content does not fit its checksum)")
+    fault = wrong_field(checkpoint)
+    if fault:
+        raise Damaged(f"{path} was not written by train.py: {fault}")
     return checkpoint
+
+
+FIELDS = {
+    "method": str, "backbone": str, "dataset": str, "train_split": str, "amp": str,
+    "options": dict, "recipe": dict, "args": dict, "environment": dict, "model": dict,
+    "optimizer": dict, "scaler": dict, "rng": dict, "classes": list, "palette": list,
+    "mean": list, "std": list, "log": list, "iteration": int, "steps": int,
+    "evaluated": int, "train_images": int, "seed": int, "bad_steps": int,
+    "difficulty": float, "miou": float, "best_miou": float}
+
+
+def wrong_field(checkpoint: dict) -> str:
+    """What is missing in a checkpoint, or not of its kind; "" if nothing."""
+    for name, kind in FIELDS.items():
+        if not isinstance(checkpoint.get(name), kind):
+            return f"{name} is {checkpoint.get(name)!r:.60}, expected a {kind.__name__}"
+    classes, palette = checkpoint["classes"], checkpoint["palette"]
+    if not all(isinstance(name, str) for name in classes):
+        return "not every class has a name"
+    bytes_ = [c for colour in palette for c in colour if c in range(256)]
+    if len(palette) != len(classes) or len(bytes_) != 3 * len(classes):
+        return f"{len(classes)} classes need as many colours, of 3 numbers in 0..255"
+    tensors = checkpoint["model"].values()
+    if not all(isinstance(x, Tensor) and x.isfinite().all() for x in tensors):
+        return "its weights are not tensors of finite numbers"
+    return ""
 
 
 def save_checkpoint(state: dict, path: Path, *, keep: Path | None = None) -> None:
@@ -836,9 +879,9 @@ def save_checkpoint(state: dict, path: Path, *, keep: Path | None = None) -> Non
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise UserError(
-            f"cannot write {path} ({str(error).splitlines()[0]}); it takes "
-            f"{tensor_bytes(state) / 1e9:.2f} GB and {free_on_disk(path) / 1e9:.2f} GB "
-            f"are free; the older checkpoint is untouched", code=4) from None
+            f"cannot write {path} ({str(error).splitlines()[0]}); "
+            f"{free_on_disk(path) / 1e9:.2f} GB are free; the older checkpoint is "
+            f"untouched", code=4) from None
     with suppress(OSError):  # Windows and some network drives cannot
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -847,18 +890,13 @@ def save_checkpoint(state: dict, path: Path, *, keep: Path | None = None) -> Non
             os.close(folder)
 
 
-def tensor_bytes(state) -> int:
-    """Bytes of all tensors in nested dicts, about the size of the file."""
-    if isinstance(state, Tensor):
-        return state.numel() * state.element_size()
-    return sum(map(tensor_bytes, state.values())) if isinstance(state, dict) else 0
-
-
 def make_folder(folder: str | Path) -> Path:
+    """A folder that one can write to, before the work that is to be stored there."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise UserError(f"cannot make the folder {folder} ({error}); give another "
+        raise UserError(f"cannot write to the folder {folder} ({error}); give another "
                         f"--out") from None
     return Path(folder)
 
@@ -873,7 +911,11 @@ def restore(checkpoint: dict, device="cpu") -> nn.Module:
     """The trained model, in eval mode; strict: every tensor must fit."""
     model = build_model(checkpoint["method"], len(checkpoint["classes"]),
                         backbone=checkpoint["backbone"], **checkpoint["options"])
-    model.load_state_dict(checkpoint["model"])
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:  # torch lists what does not fit, a line each
+        raise UserError(f"the checkpoint's weights do not fit {checkpoint['method']} "
+                        f"as it is here: {' '.join(str(error).split()):.300}") from None
     return model.to(device, memory_format=torch.channels_last).eval()
 
 
@@ -887,11 +929,25 @@ def join_processes(device: str) -> str:
     """Under torchrun: meet the other processes; the device that is this one's."""
     if "WORLD_SIZE" not in os.environ:
         return device
+    told = {name: os.environ.get(name, "") for name in (
+        "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    if not (all(told.values()) and int(told["RANK"]) < int(told["WORLD_SIZE"])):
+        said = " ".join(f"{name}={value or '?'}" for name, value in told.items())
+        raise UserError(f"the environment is that of one of several processes, but not "
+                        f"as torchrun makes it ({said}); start it by torchrun, or "
+                        f"unset WORLD_SIZE")
     if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        device = f"cuda:{told['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo",
-                            timeout=PATIENCE)
+    try:
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo",
+                                timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
+        raise UserError(
+            f"the {told['WORLD_SIZE']} processes of this run did not meet at "
+            f"{told['MASTER_ADDR']}:{told['MASTER_PORT']} ("
+            f"{str(error).splitlines()[0]:.200}); did all start, and is the port "
+            f"free?", code=1) from None
     return device
 
 
@@ -936,19 +992,67 @@ def peak_memory(device) -> float:
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9  # KiB on Linux
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is a UserError: one sentence, as every other."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}; --help lists all options")
+
+
+class Sturdy:
+    """stdout or stderr, which a program outlives if it is closed or its disk is full.
+
+    What can no longer be written is lost. Control characters, which the name of a class
+    in another's checkpoint may hold, and letters that the terminal does not have are
+    written as \\x1b and the like.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # None: closed from outside
+
+    def write(self, text: str) -> int:
+        text = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]",
+                      lambda found: repr(found[0])[1:-1], text)
+        encoding = self.stream.encoding or "utf-8"
+        self.do("write", text.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        self.do("flush")
+
+    def do(self, what: str, *args) -> None:
+        try:
+            getattr(self.stream, what)(*args)
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError):  # or Python would try again at its end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            self.stream = open(os.devnull, "w")
+
+    def isatty(self) -> bool:
+        return self.stream.isatty()
+
+
 @contextmanager
-def show_errors(debug: bool = False):
-    """A UserError ends in its sentence and its exit code, without a traceback."""
-    try:
-        yield
-    except BaseException as error:
-        for each in filter(None, (error, error.__context__)):
-            traceback.clear_frames(each.__traceback__)  # loader processes end here
-        if debug or not isinstance(error, (UserError, KeyboardInterrupt)):
-            raise
-        # An error from a loader process arrives inside that process' traceback.
-        said = str(error).rsplit("UserError: ")[-1].strip() or "interrupted"
-        rank = os.environ.get("RANK", "0")
-        who = "" if rank == "0" else f"[process {rank}] "
-        print(f"{who}error: {said}", file=sys.stderr)
-        sys.exit(getattr(error, "code", 130))
+def show_errors(argv: list[str] | None = None):
+    """A program's frame: a UserError ends in its sentence and exit code, no traceback.
+
+    So does an error of the operating system that names a file. --debug among the
+    arguments shows the traceback.
+    """
+    debug = "--debug" in (sys.argv if argv is None else argv)
+    with redirect_stdout(Sturdy(sys.stdout)), redirect_stderr(Sturdy(sys.stderr)):
+        try:
+            yield
+        except BaseException as error:
+            for each in filter(None, (error, error.__context__)):
+                traceback.clear_frames(each.__traceback__)  # loader processes end here
+            named = isinstance(error, OSError) and error.filename
+            known = named or isinstance(error, (UserError, KeyboardInterrupt))
+            if debug or not known:
+                raise
+            # An error from a loader process arrives inside that process' traceback.
+            said = str(error).rsplit("UserError: ")[-1].strip() or "interrupted"
+            rank = os.environ.get("RANK", "0")
+            who = "" if rank == "0" else f"[process {rank}] "
+            print(f"{who}error: {said}", file=sys.stderr)
+            sys.exit(4 if named else getattr(error, "code", 130))

@@ -26,10 +26,10 @@ the end a picture book: how `streets` is drawn.
 """
 from __future__ import annotations
 
-import argparse
 import csv
 import math
 import os
+import shutil
 import signal
 import sys
 from collections import Counter
@@ -47,10 +47,12 @@ from torchvision import tv_tensors
 from torchvision.datasets import Cityscapes, VOCSegmentation, voc
 from torchvision.transforms import v2
 
-from common import IGNORE_INDEX, UserError, one_hot, progress, show_errors
+from common import IGNORE_INDEX, Parser, UserError, one_hot, progress, show_errors
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB in 0..1
-IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+# PIL would try all that it knows, whatever the name says: an EPS runs Ghostscript.
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF")
 
 # --- What a data set is --------------------------------------------------------------
 
@@ -65,11 +67,14 @@ class Info:
 
 
 class Files:
-    """A data set of image and mask files; no masks where the labels are not public."""
+    """A data set of image and mask files; no masks where the labels are not public.
+
+    `colours` is {(r, g, b): id} where masks may be colour-coded.
+    """
 
     def __init__(self, info: Info, pairs: list[tuple[Path, Path | None]],
-                 lut: np.ndarray):
-        self.info, self.pairs, self.lut = info, pairs, lut
+                 lut: np.ndarray, colours: dict | None = None):
+        self.info, self.pairs, self.lut, self.colours = info, pairs, lut, colours
 
     @property
     def has_labels(self) -> bool:
@@ -85,9 +90,13 @@ class Files:
         """Image (3, H, W) and labels (H, W), both uint8; a bad file is a UserError."""
         labels, image = self.labels(index), self.image(index)
         if image.shape[1:] != labels.shape:
+            turned = open_image(self.pairs[index][0]).getexif().get(274, 1) > 4
+            cause = "were they resized separately?"
+            if turned:
+                cause = "the image is turned by its EXIF tag, and its mask is not"
             raise UserError(
                 f"{self.pairs[index][1]}: mask is {tuple(labels.shape)} but its image "
-                f"is {tuple(image.shape[1:])} (H, W); were they resized separately?")
+                f"is {tuple(image.shape[1:])} (H, W); {cause}")
         return image, labels
 
     def image(self, index: int) -> Tensor:
@@ -98,7 +107,8 @@ class Files:
         if path is None:
             raise UserError(f"{self.info.name} test has no public labels; predict "
                             f"--submission makes files for its server")
-        return torch.from_numpy(map_labels(read_mask(path), self.lut, path,
+        raw = read_mask(path, self.colours)
+        return torch.from_numpy(map_labels(raw, self.lut, path,
                                            binary_ok=self.info.name == "folder"))
 
 
@@ -137,12 +147,17 @@ class Streets:
 def open_image(path: Path) -> Image.Image:
     """An opened and decoded picture, or a sentence that names the file."""
     try:
-        image = Image.open(path)
+        image = Image.open(path, formats=FORMATS)
         image.load()
         return image
     except UnidentifiedImageError:
-        raise UserError(f"{path}: not an image (empty, or another format)") from None
-    except (OSError, SyntaxError) as error:
+        raise UserError(f"{path}: not an image (empty, or none of "
+                        f"{', '.join(FORMATS)})") from None
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{path}: {error}; cut it into smaller images") from None
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except Exception as error:  # a damaged file makes PIL raise nearly anything
         raise UserError(f"{path}: unreadable ({error}); truncated download?") from None
 
 
@@ -163,21 +178,40 @@ def read_image(path: Path) -> Tensor:
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
-def read_mask(path: Path) -> np.ndarray:
+def read_mask(path: Path, colours: dict | None = None) -> np.ndarray:
     """The raw values of a mask (H, W) uint8, never converted.
 
-    Converting a palette mask ("P") to grey would replace ids by brightness.
+    Converting a palette mask ("P") to grey would replace ids by brightness. With
+    `colours` = {(r, g, b): id} an RGB mask is read, too.
     """
     mask = open_image(path)
     if mask.format == "JPEG":
         raise UserError(f"{path}: a JPEG mask; its compression makes up ids at every "
                         f"border between classes. Save masks as PNG")
+    if colours and mask.mode == "RGB":
+        return ids_of_colours(np.array(mask), colours, path)
     if mask.mode not in ("L", "P", "1"):
-        deep = mask.mode.startswith(("I", "F"))
-        raise UserError(
-            f"{path}: mask has mode {mask.mode}, expected one 8-bit channel of class "
-            f"ids (L or P); a {'16- or 32-bit' if deep else 'colour-coded'} mask?")
+        cause = "a colour-coded mask? --dataset folder reads it by classes.txt"
+        if mask.mode.startswith(("I", "F")):
+            cause = "a 16- or 32-bit mask?"
+        raise UserError(f"{path}: mask has mode {mask.mode}, expected one 8-bit "
+                        f"channel of class ids (L or P); {cause}")
     return np.array(mask, dtype=np.uint8)
+
+
+def ids_of_colours(mask: np.ndarray, colours: dict, path: Path) -> np.ndarray:
+    """A colour-coded mask (H, W, 3) to class ids (H, W); every colour must be known."""
+    codes = mask.astype(np.int32) @ [2**16, 2**8, 1]
+    known = {r << 16 | g << 8 | b: label for (r, g, b), label in colours.items()}
+    ids = np.full(codes.shape, IGNORE_INDEX, np.uint8)
+    for code, count in zip(*np.unique(codes, return_counts=True)):
+        if code not in known:
+            colour = tuple(int(code) >> shift & 255 for shift in (16, 8, 0))
+            raise UserError(f"{path}: the colour {colour} ({count} px) is none of "
+                            f"classes.txt's; a line '255 ignored R G B' there names "
+                            f"that of ignored pixels")
+        ids[codes == code] = known[code]
+    return ids
 
 
 def map_labels(raw: np.ndarray, lut: np.ndarray, path: Path, *,
@@ -325,9 +359,12 @@ def pair(name: str, split: str, images: dict, masks: dict | None, listed=None) -
     def demand(what, wanted, present, paths):
         lost = [str(paths.get(key, key)) for key in wanted if key not in present]
         if lost:
+            other = next((key for key in present if key not in wanted), None)
+            cause = ("an incomplete download or copy?" if other is None else
+                     f"image and mask of one name belong together, and {other!r} is "
+                     f"there for none of these")
             raise UserError(f"{name} {split}: {len(lost)} of {len(wanted)} {what}: "
-                            f"{', '.join(lost[:5])}{' ..' * (len(lost) > 5)}; an "
-                            f"incomplete download or copy?")
+                            f"{', '.join(lost[:5])}{' ..' * (len(lost) > 5)}; {cause}")
     keys = sorted(images if listed is None else listed)
     if not keys:
         raise FileNotFoundError("no images")
@@ -343,8 +380,17 @@ def pair(name: str, split: str, images: dict, masks: dict | None, listed=None) -
 
 def read_list(path: Path) -> list[str]:
     """Names of a split file: a line is NAME, or /JPEGImages/NAME.jpg /../NAME.png."""
-    return [Path(line.split()[0]).stem
-            for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [Path(line.split()[0]).stem for line in read_lines(path)]
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 file that are not empty."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); "
+                        f"save it as UTF-8") from None
+    return [line for line in text.splitlines() if line.strip()]
 
 
 def open_camvid(name: str, root: Path, split: str) -> Files:
@@ -416,7 +462,8 @@ def open_folder(name: str, root: Path, split: str) -> Files:
     """Your own data: DIR/{train,val}/{images,masks}, paired by name without suffix.
 
     Masks hold class ids 0..K-1 and 255 = ignore. `classes.txt` has one line per class,
-    `id name r g b`; without it, K is the highest id of the training masks plus one.
+    `id name r g b`, and may have one of id 255; with it, masks may hold these colours
+    in the place of ids. Without it, K is the highest id of the training masks plus one.
     """
     for below in os.scandir(root / split / "images"):
         if not below.name.startswith(".") and below.is_dir() and files_in(below):
@@ -424,14 +471,20 @@ def open_folder(name: str, root: Path, split: str) -> Files:
                             f"read; move them up, and their masks too")
     dataset = pair(name, split, files_in(root / split / "images"),
                    files_in(root / split / "masks"))
-    names, colours = read_classes(root, warn=split == "train")  # once, not per split
+    names, colours, dataset.colours = read_classes(root, warn=split == "train")
+    if len(names) > IGNORE_INDEX:
+        raise UserError(f"folder: {len(names)} classes; ids are 0..254, 255 is ignored")
     dataset.info = Info(name, names, colours)
     dataset.lut = make_lut({i: i for i in range(len(names))} | {255: IGNORE_INDEX})
     return dataset
 
 
-def read_classes(root: Path, *, warn: bool) -> tuple[tuple, tuple]:
-    """Names and colours from classes.txt, or made up from the training masks' ids."""
+def read_classes(root: Path, *, warn: bool) -> tuple[tuple, tuple, dict | None]:
+    """Names and colours from classes.txt, and {colour: id}, with that of 255.
+
+    Without the file, made up from the training masks' ids, if `warn` with a warning of
+    ids that none has; masks cannot be colour-coded then.
+    """
     path = root / "classes.txt"
     if not path.is_file():
         found = {v for p in files_in(root / "train" / "masks").values()
@@ -442,16 +495,20 @@ def read_classes(root: Path, *, warn: bool) -> tuple[tuple, tuple]:
             warn_of_gaps(root, found)
         hues = np.random.default_rng(0).integers(40, 256, (max(found) + 1, 3))
         return (tuple(f"class{i}" for i in range(max(found) + 1)),
-                tuple(tuple(map(int, c)) for c in hues))
-    text = path.read_text(encoding="utf-8-sig")
-    rows = [line.split() for line in text.splitlines() if line.strip()]
+                tuple(tuple(map(int, c)) for c in hues), None)
+    rows = [line.split() for line in read_lines(path)]
     try:
         table = {int(r[0]): (" ".join(r[1:-3]), tuple(map(int, r[-3:]))) for r in rows}
-        names, colours = zip(*(table[i] for i in range(len(rows))))
+        by_colour = {colour: label for label, (_, colour) in table.items()}
+        if len(table) < len(rows) or not set(sum(by_colour, ())) <= set(range(256)):
+            raise ValueError
+        table.pop(IGNORE_INDEX, None)
+        names, colours = zip(*(table[i] for i in range(len(table))))
     except (ValueError, KeyError, IndexError):
         raise UserError(f"{path}: every line must be 'id name r g b', with ids 0.."
-                        f"{len(rows) - 1} once each") from None
-    return names, colours
+                        f"{len(rows) - 1} once each (and 255, if you like, for what is "
+                        f"ignored) and r, g, b in 0..255") from None
+    return names, colours, by_colour
 
 
 def warn_of_gaps(root: Path, found: set[int]) -> None:
@@ -570,7 +627,7 @@ def open_dataset(name: str, split: str, *, root: str | None = None, difficulty=0
         if not np.array_equal(train.lut, val.lut):
             raise UserError(f"{name}: train has labelIds and val labelTrainIds, or the "
                             f"other way round; keep one kind")
-        return Files(train.info, train.pairs + val.pairs, train.lut)
+        return Files(train.info, train.pairs + val.pairs, train.lut, train.colours)
     expected = source.expected(root, split)
     try:
         if root is None or not Path(root).is_dir():
@@ -599,11 +656,15 @@ ALL_BINARY = ("every mask looked at holds 0 and 255 alone, where 255 means ignor
 def check_some(dataset, *, count: int = 64) -> None:
     """Load evenly spaced samples: a wrong data set must fail before the first step."""
     picked = range(0, len(dataset), max(1, len(dataset) // count))
-    binary = {i: is_binary(torch.bincount(dataset.load(i)[1].flatten(), minlength=256))
+    pixels = {i: torch.bincount(dataset.load(i)[1].flatten(), minlength=256)
               for i in picked}
-    if all(binary.values()):
+    binary = [i for i in picked if is_binary(pixels[i])]
+    if len(binary) == len(picked):
         raise UserError(f"{dataset.name(0)} and others: {ALL_BINARY}")
-    warn_of_binary(dataset, [i for i, found in binary.items() if found])
+    if not sum(pixels.values())[:IGNORE_INDEX].any():
+        raise UserError(f"{dataset.name(0)} and others: all pixels of {len(picked)} "
+                        f"masks are ignored; there is nothing to learn or to score")
+    warn_of_binary(dataset, binary)
 
 
 def warn_of_binary(dataset, indices: list[int]) -> None:
@@ -766,6 +827,7 @@ class Batches(torch.utils.data.Sampler):
         self.length, self.batch, self.seed = length, batch, seed
         self.start, self.stop = start, stop
         self.mine = slice(rank * batch // world, (rank + 1) * batch // world)
+        self.share = self.mine.stop - self.mine.start
         self.epoch, self.order = -1, None
 
     def __len__(self) -> int:
@@ -809,11 +871,30 @@ def loader(dataset, workers: int, **options) -> torch.utils.data.DataLoader:
         generator=torch.Generator())  # of its own: it must not touch the model's
 
 
+AHEAD = 4  # batches that each loader process keeps ready
+
+
+def check_shared_memory(images: int, crop: tuple[int, int]) -> None:
+    """Images come from the loader's processes through /dev/shm, which may be small.
+
+    Docker gives it 64 MB. Without room the processes die by a signal, without a word.
+    """
+    need = images * math.prod(crop) * 13  # bytes: three float32 and a label per pixel
+    shared = Path("/dev/shm")
+    free = shutil.disk_usage(shared).free if shared.is_dir() else math.inf
+    if need > free:
+        raise UserError(f"the loader processes keep {need / 1e6:.0f} MB in {shared}, "
+                        f"and {free / 1e6:.0f} MB are free: give the container more "
+                        f"(docker run --shm-size 4g), or pass fewer --workers, or 0",
+                        code=1)
+
+
 def train_loader(dataset, batches: Batches, *, workers: int, **augmentation):
     """Iterates over (images (B, 3, H, W) float32, labels (B, H, W) uint8)."""
+    check_shared_memory(workers * AHEAD * batches.share, augmentation["crop"])
     return loader(Augmented(dataset, seed=batches.seed, **augmentation), workers,
                   batch_sampler=batches, pin_memory=torch.cuda.is_available(),
-                  prefetch_factor=4 if workers else None)
+                  prefetch_factor=AHEAD if workers else None)
 
 
 def whole_loader(dataset, indices: list[int], batch: int, *, workers: int, upper_bound):
@@ -853,8 +934,6 @@ def examine(dataset, index: int) -> tuple[str, str, Tensor]:
         return "", "x".join(map(str, image.shape[1:])), counts
     except UserError as error:
         return str(error), "", counts
-    except Exception as error:  # whatever else a damaged file makes PIL raise
-        return f"{dataset.name(index)}: unreadable ({error!r})", "", counts
 
 
 def survey(dataset, title: str, workers: int) -> tuple[dict, Counter, Tensor]:
@@ -958,8 +1037,8 @@ def download(name: str, root: str | None) -> None:
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description="Read every image and mask of a data "
-                                     "set, count its labels, draw a few.")
+    parser = Parser(description="Read every image and mask of a data set, count its "
+                                "labels, draw a few.")
     add = parser.add_argument
     add("--dataset", required=True, choices=DATASETS)
     add("--data-root", metavar="DIR", help="folder of the data set, as distributed")
@@ -972,7 +1051,7 @@ def parse(argv=None):
 
 
 def main(argv=None) -> int:
-    with show_errors():
+    with show_errors(argv):
         check(parse(argv))
     return 0
 

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import resize
 
 import data
-from common import (IGNORE_INDEX, LABELS, ConfusionMatrix, UserError, autocast,
+from common import (IGNORE_INDEX, LABELS, ConfusionMatrix, Parser, UserError, autocast,
                     build_model, checkpoint_file, checksum, count_cost, join_processes,
                     load_checkpoint, load_method, make_folder, methods, out_of_memory,
                     peak_memory, progress, published, rank_and_world, restore, rows_at,
@@ -513,6 +513,9 @@ def command_score(args) -> None:
     device, started = join_processes(args.device), time.time()
     checkpoint = load_checkpoint(args.checkpoint)
     protocol, dataset = protocol_of(args), open_scored(args, checkpoint)
+    folder = Path(args.out or score_folder(args, checkpoint, protocol, dataset))
+    if rank_and_world()[0] == 0:
+        make_folder(folder)
     model, K = restore(checkpoint, device), len(dataset.info.classes)
     for name in ("model", "optimizer"):  # the model has them by now: half the memory
         checkpoint.pop(name, None)
@@ -536,8 +539,6 @@ def command_score(args) -> None:
     report["peak_gb"] = round(peak_memory(device), 2)
     text = report_text(report, matrix)
     print(text)
-    folder = Path(args.out or score_folder(args, report))
-    make_folder(folder)
     (folder / "score.txt").write_text(text + "\n", encoding="utf-8")
     (folder / "score.json").write_text(json.dumps(report, indent=1) + "\n",
                                        encoding="utf-8")
@@ -552,11 +553,11 @@ def command_score(args) -> None:
           f"{', bands.png' if args.bands else ''}")
 
 
-def score_folder(args, report: dict) -> Path:
+def score_folder(args, checkpoint: dict, protocol: Protocol, dataset) -> Path:
     """Beside the checkpoint, under a name that no other number would have."""
     file = checkpoint_file(args.checkpoint)
-    words = [report["dataset"], report["split"], file.stem, str(report["iteration"]),
-             report["protocol"], "" if args.amp == "off" else args.amp,
+    words = [dataset.info.name, args.split, file.stem, str(checkpoint["iteration"]),
+             str(protocol), "" if args.amp == "off" else args.amp,
              "" if args.convention == "ours" else args.convention]
     if args.data_root:  # another place, perhaps other images
         words.append(Path(args.data_root).absolute().as_posix())
@@ -755,7 +756,10 @@ def command_explain(args) -> None:
                         f"*, palette)")
     figure = module.explain(model, normalise(image)[None],
                             palette=checkpoint["palette"])
-    figure.savefig(args.out, dpi=100)
+    try:
+        figure.savefig(args.out, dpi=100)
+    except ValueError as error:  # matplotlib knows no format with that ending
+        raise UserError(f"--out {args.out}: {error}") from None
     print(f"{checkpoint['method']} explains itself in {args.out}")
 
 
@@ -1105,7 +1109,7 @@ def predict_options(shown: argparse.ArgumentParser) -> None:
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     commands = parser.add_subparsers(required=True,
                                      metavar="score|predict|explain|cost|table")
@@ -1145,8 +1149,8 @@ def parse(argv=None):
 
 
 def main(argv=None) -> int:
-    args = parse(argv)
-    with show_errors(args.debug):
+    with show_errors(argv):
+        args = parse(argv)
         args.command(args)
     return 0
 

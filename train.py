@@ -33,7 +33,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,8 +43,8 @@ import torchvision
 from torch import Tensor, nn
 
 import data
-from common import (BACKBONES, FORMAT, IGNORE_INDEX, LABELS, Damaged, UserError,
-                    autocast, build_model, check_option, join_processes,
+from common import (BACKBONES, FORMAT, IGNORE_INDEX, LABELS, PATIENCE, Damaged, Parser,
+                    UserError, autocast, build_model, check_option, join_processes,
                     load_checkpoint, load_method, make_folder, method_options, methods,
                     out_of_memory, peak_memory, progress, rank_and_world,
                     save_checkpoint, segmentation_loss, show_errors)
@@ -421,8 +421,14 @@ def make_model(args, values: dict, num_classes: int, *, fresh: bool):
         options = {"channels": values["channels"]} | options
     if recipe_name(args) not in recipes_of(args.method):
         options = getattr(load_method(args.method)[0], "FROM_SCRATCH", {}) | options
-    model = build_model(args.method, num_classes, backbone=values["backbone"],
-                        weights=values["weights"] if fresh else "none", **options)
+    try:
+        model = build_model(args.method, num_classes, backbone=values["backbone"],
+                            weights=values["weights"] if fresh else "none", **options)
+    except (RuntimeError, ValueError, ZeroDivisionError) as error:
+        if not args.set:  # then it is no mistake of the command line
+            raise
+        raise UserError(f"--set {' '.join(args.set)}: {args.method} cannot be built so "
+                        f"({str(error).splitlines()[0]})") from error
     if values["head_lr"] != 1.0 and not hasattr(model, "encoder"):
         raise UserError(f"--head-lr: {args.method} does not say which of its parts is "
                         f"the encoder, so all of it has one learning rate; drop it")
@@ -506,6 +512,9 @@ def evaluation_is_due(run: Run) -> bool:
 
 
 def save_is_due(run: Run) -> bool:
+    """Not amid steps that are skipped: who resumes wants a way back before them."""
+    if run.bad_steps and run.done < run.total:
+        return False
     return (run.done in (run.evaluated, run.total)
             or run.done % run.args.save_every == 0)
 
@@ -671,13 +680,6 @@ OPTIONS = {  # all that is not in the recipe
 }
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is a UserError: one sentence, as every other."""
-
-    def error(self, message: str):
-        raise UserError(f"{message}; --help lists all options")
-
-
 def number(kind: type, least: float):
     """A type for argparse: `least` or more, finite, and no more than two billion."""
     def convert(text: str):
@@ -736,8 +738,7 @@ def parse(argv=None) -> argparse.Namespace:
 
 def main(argv=None) -> int:
     quiet = os.environ.get("RANK", "0") != "0"  # of several processes one talks
-    debug = "--debug" in (sys.argv if argv is None else argv)
-    with show_errors(debug), open(os.devnull, "w") as nowhere:
+    with show_errors(argv), open(os.devnull, "w") as nowhere:
         with redirect_stdout(nowhere) if quiet else nullcontext():
             try:
                 train(parse(argv))
@@ -955,6 +956,8 @@ def resume_point(args):
     if not args.resume:
         return None, None
     folder = Path(args.resume)
+    if args.out:
+        raise UserError("--resume goes on in its own folder; drop --out")
     if not folder.is_dir():
         raise UserError(f"--resume {folder}: no such folder" if not folder.exists() else
                         f"--resume takes a folder: --resume {folder.parent}")
@@ -1047,20 +1050,26 @@ class Stopped(UserError):
 
 
 class Signals:
-    """SIGINT and SIGTERM ask for an end after this step; a second one ends at once."""
+    """SIGINT, SIGTERM, SIGHUP: an end after this step; a second one ends at once.
+
+    SIGHUP comes when the terminal goes. Where nohup ignores it, it stays ignored.
+    """
 
     def __init__(self):
         self.signal, self.asked, self.before = 0, 0.0, {}
 
     def __enter__(self):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.before[number] = signal.signal(number, self.ask)
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number and signal.getsignal(number) is not signal.SIG_IGN:
+                self.before[number] = signal.signal(number, self.ask)
         return self
 
     def ask(self, number, frame) -> None:
         if not self.signal:
             self.signal, self.asked = number, time.monotonic()
-            os.write(2, b"\nstopping after this step; once more to stop at once\n")
+            with suppress(OSError):  # print could be in the middle of a line
+                os.write(2, b"\nstopping after this step; once more to stop at once\n")
         elif time.monotonic() - self.asked > 1:
             # Sooner it is the same one: SLURM's, which torchrun passes on as well.
             signal.signal(number, signal.SIG_DFL)
@@ -1092,6 +1101,9 @@ def kept_alive(run: Run):
 def machine_fault(error: Exception, run: Run) -> str:
     """What to do about a fault that torch reports in its own terms; "" for a bug."""
     said, args, values = str(error), run.args, run.values
+    if "shared memory" in said or "Bus error" in said:
+        return ("a loader process found no room in /dev/shm, through which its images "
+                "come: give the container more (--shm-size), or pass --workers 0")
     if "DataLoader worker" in said:
         return ("a loader process was killed, mostly for want of memory: lower "
                 "--workers or --batch")
@@ -1107,6 +1119,8 @@ def machine_fault(error: Exception, run: Run) -> str:
         return (f"out of memory at --batch {values['batch']} --crop "
                 f"{' '.join(map(str, values['crop']))}, peak "
                 f"{peak_memory(run.device):.1f} GB: try {smaller}")
+    if run.world > 1 and "imed out" in said:
+        return f"another process of this run has said nothing for {PATIENCE}"
     if run.world > 1 and any(word in said for word in ("onnection", "NCCL")):
         return "another process of this run has ended; it says why"
     return ""

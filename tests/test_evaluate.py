@@ -94,7 +94,7 @@ def test_a_mistyped_checkpoint_is_an_error_not_a_random_model(trained, tmp_path,
     whole = (trained[0] / "best.pt").read_bytes()
     for name, content in (("half.pt", whole[:len(whole) // 2]), ("empty.pt", b"")):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(common.UserError, match="damaged or not a checkpoint"):
+        with pytest.raises(common.UserError, match="is damaged, or not a file"):
             common.load_checkpoint(tmp_path / name)
     torch.save({"weights": torch.ones(1)}, tmp_path / "other.pt")
     with pytest.raises(common.UserError, match="not a checkpoint of this train.py"):

@@ -123,9 +123,9 @@ def paused(place, where, *more):
         process.join()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_a_run_after_its_step(number, tmp_path):
-    """Ctrl-C, or a scheduler's SIGTERM: not even the step that was begun is lost.
+    """Ctrl-C, a scheduler's SIGTERM, a terminal that goes: no step is lost.
 
     As from a terminal it goes to the loader's processes, too, which the step needs. It
     may come twice: from SLURM, and from torchrun, which passes SLURM's on.
@@ -159,6 +159,18 @@ def test_a_signal_cuts_an_evaluation_short(tmp_path):
     rows = [(row["iteration"], bool(row["miou"])) for row in rows_of(tmp_path / "run")]
     assert rows == [("1", False), ("2", False), ("2", True), ("3", False),
                     ("4", False), ("4", True)], "the evaluation was not made up for"
+
+
+def test_what_nohup_ignores_stays_ignored(monkeypatch):
+    """A run that was started to outlive its terminal does."""
+    monkeypatch.setattr(signal, "signal", lambda number, handler: heard.append(number))
+    heard, ignored = [], lambda number: signal.SIG_IGN
+    with train.Signals():
+        assert signal.SIGHUP in heard
+    monkeypatch.setattr(signal, "getsignal", ignored)
+    heard.clear()
+    with train.Signals():
+        assert not heard
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM])
@@ -215,6 +227,12 @@ def test_resume_wants_the_folder(stopped, capsys):
     """The file is the likeliest slip: the sentence holds the argument to pass."""
     said = train_ends(capsys, 2, "--resume", stopped / "last.pt").err
     assert said.strip().endswith(f"--resume {stopped}")
+
+
+def test_resume_takes_no_other_folder(stopped, tmp_path, capsys):
+    """Where would it write: here or there? Nobody should have to guess."""
+    said = train_ends(capsys, 2, "--resume", stopped, "--out", tmp_path / "new").err
+    assert "drop --out" in said and not (tmp_path / "new").exists()
 
 
 def test_a_finished_run_says_so(stopped, capsys):
@@ -443,8 +461,10 @@ def test_ten_bad_steps_in_a_row_end_the_run(fault, tmp_path, monkeypatch, steps,
 
 
 def test_a_weight_that_is_not_finite_is_not_saved(tmp_path, monkeypatch, capsys):
-    """Of the three files none may be lost to a run that is already broken."""
+    """Of the three files none may be lost to a run that is broken, not even by a stop.
+    """
     break_a_weight(monkeypatch)
+    stop_after(12, monkeypatch)
     said = train_ends(capsys, 3, *MANY_STEPS, 24, "--eval-every", 6, "--out",
                       tmp_path).err
     assert "encoder.stem.0.weight is not finite at iteration 12" in said
@@ -452,6 +472,16 @@ def test_a_weight_that_is_not_finite_is_not_saved(tmp_path, monkeypatch, capsys)
         state = load_checkpoint(tmp_path / name)
         assert_finite(state)
         assert state["iteration"] == iteration
+
+
+def test_nothing_is_saved_amid_skipped_steps(tmp_path, monkeypatch, capsys):
+    """With --save-every 1 the last good step is still there after ten bad ones."""
+    spoil(monkeypatch, range(4, 99))
+    said = train_ends(capsys, 3, *MANY_STEPS, 24, "--save-every", 1, "--out", tmp_path)
+    assert "the tenth in a row" in said.err
+    for name, iteration in (("last.pt", 3), ("prev.pt", 2)):
+        state = load_checkpoint(tmp_path / name)
+        assert (state["iteration"], state["bad_steps"]) == (iteration, 0)
 
 
 def test_a_good_step_starts_the_count_anew(tmp_path, monkeypatch, capsys):
@@ -531,7 +561,7 @@ def test_out_at_or_below_a_file_is_a_mistake(below, tmp_path, capsys):
     """A mistyped --out is told before the first step, in a sentence."""
     (tmp_path / "file").write_text("mine")
     said = train_ends(capsys, 2, *FOUR_STEPS, "--out", tmp_path / "file" / below)
-    assert f"cannot make the folder {tmp_path}/file" in said.err
+    assert f"cannot write to the folder {tmp_path}/file" in said.err
     assert "loss" not in said.out and (tmp_path / "file").read_text() == "mine"
 
 

@@ -40,7 +40,8 @@ def saved(folder, info, *, root=None, spec="nrd:bilinear"):
     folder.mkdir(parents=True, exist_ok=True)
     model = tiny(spec, len(info.classes))
     options = {"channels": SMALL["channels"]}
-    state = {"format": common.FORMAT, "method": spec, "options": options,
+    empty = {name: kind() for name, kind in common.FIELDS.items()}
+    state = {**empty, "format": common.FORMAT, "method": spec, "options": options,
              "backbone": SMALL["backbone"], "classes": list(info.classes),
              "palette": [list(c) for c in info.palette], "dataset": info.name,
              "data_root": None if root is None else str(root), "difficulty": 0.5,
