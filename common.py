@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import csv
 import difflib
+import errno
 import hashlib
 import importlib
 import inspect
@@ -853,6 +854,9 @@ def wrong_field(checkpoint: dict) -> str:
     bytes_ = [c for colour in palette for c in colour if c in range(256)]
     if len(palette) != len(classes) or len(bytes_) != 3 * len(classes):
         return f"{len(classes)} classes need as many colours, of 3 numbers in 0..255"
+    if not len(checkpoint["mean"]) == len(checkpoint["std"]) == 3 or not all(
+            isinstance(x, float) and x > 0 for x in checkpoint["std"]):
+        return "mean and std must be three numbers each, std above 0"
     tensors = checkpoint["model"].values()
     if not all(isinstance(x, Tensor) and x.isfinite().all() for x in tensors):
         return "its weights are not tensors of finite numbers"
@@ -870,7 +874,7 @@ def save_checkpoint(state: dict, path: Path, *, keep: Path | None = None) -> Non
         with open(temporary, "wb") as file:
             torch.save(state | {"sha256": checksum(state)}, file)
             file.flush()
-            os.fsync(file.fileno())
+            reach_disk(file.fileno())
         load_checkpoint(temporary)  # what the disk has, not what was meant
         if keep and path.exists():
             os.replace(path, keep)
@@ -885,9 +889,18 @@ def save_checkpoint(state: dict, path: Path, *, keep: Path | None = None) -> Non
     with suppress(OSError):  # Windows and some network drives cannot
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # the names, too, survive a power cut
+            reach_disk(folder)  # the names, too, survive a power cut
         finally:
             os.close(folder)
+
+
+def reach_disk(file: int) -> None:
+    """fsync, where the file system has it; some network drives do not."""
+    try:
+        os.fsync(file)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
 
 
 def make_folder(folder: str | Path) -> Path:
@@ -925,10 +938,20 @@ def restore(checkpoint: dict, device="cpu") -> nn.Module:
 PATIENCE = timedelta(minutes=10)
 
 
+def usable(device: str) -> str:
+    """The device as it was named, if this machine can compute on it."""
+    try:
+        torch.zeros(1, device=device).sum().item()
+    except (RuntimeError, AssertionError) as error:  # the latter: torch without CUDA
+        said = str(error).splitlines()[0]
+        raise UserError(f"--device {device}: {said:.200}") from None
+    return device
+
+
 def join_processes(device: str) -> str:
     """Under torchrun: meet the other processes; the device that is this one's."""
     if "WORLD_SIZE" not in os.environ:
-        return device
+        return usable(device)
     told = {name: os.environ.get(name, "") for name in (
         "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
     if not (all(told.values()) and int(told["RANK"]) < int(told["WORLD_SIZE"])):
@@ -997,6 +1020,25 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise UserError(f"{message}; --help lists all options")
+
+
+ABOVE_ZERO = 1e-9
+
+
+def number(kind: type, least: float = 0, most: float = 2**31):
+    """A type for argparse: a number from `least` to `most`."""
+    def convert(text: str):
+        said = "above 0" if least == ABOVE_ZERO else f"at least {least:g}"
+        try:
+            value = int(text) if kind in (int, bool) else kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is no {kind.__name__} {said}") from None
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"must be {said} and at most {most:.10g}, "
+                                             f"got {text}")
+        return kind(value)
+    return convert
 
 
 class Sturdy:

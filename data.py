@@ -32,6 +32,7 @@ import os
 import shutil
 import signal
 import sys
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -47,7 +48,8 @@ from torchvision import tv_tensors
 from torchvision.datasets import Cityscapes, VOCSegmentation, voc
 from torchvision.transforms import v2
 
-from common import IGNORE_INDEX, Parser, UserError, one_hot, progress, show_errors
+from common import (IGNORE_INDEX, Parser, UserError, number, one_hot, progress,
+                    show_errors)
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB in 0..1
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
@@ -90,9 +92,8 @@ class Files:
         """Image (3, H, W) and labels (H, W), both uint8; a bad file is a UserError."""
         labels, image = self.labels(index), self.image(index)
         if image.shape[1:] != labels.shape:
-            turned = open_image(self.pairs[index][0]).getexif().get(274, 1) > 4
             cause = "were they resized separately?"
-            if turned:
+            if orientation(self.pairs[index][0]) > 4:
                 cause = "the image is turned by its EXIF tag, and its mask is not"
             raise UserError(
                 f"{self.pairs[index][1]}: mask is {tuple(labels.shape)} but its image "
@@ -159,6 +160,13 @@ def open_image(path: Path) -> Image.Image:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:  # a damaged file makes PIL raise nearly anything
         raise UserError(f"{path}: unreadable ({error}); truncated download?") from None
+
+
+def orientation(path: Path) -> int:
+    """A camera's EXIF tag: 1 upright, 2 to 4 upside down or mirrored, 5 to 8 on a side.
+    """
+    with Image.open(path, formats=FORMATS) as image:
+        return image.getexif().get(274, 1)
 
 
 def read_image(path: Path) -> Tensor:
@@ -342,11 +350,13 @@ def files_in(folder: Path, *ends: str) -> dict[str, Path]:
     for entry in os.scandir(folder):
         end = next((e for e in ends or IMAGES
                     if entry.name.lower().endswith(e.lower())), "")
-        name = entry.name[:-len(end)]
+        # A Mac writes ü as u and two dots, in one of two copies.
+        name = unicodedata.normalize("NFC", entry.name[:-len(end)])
         if not end or name.startswith("."):
             continue
         if not entry.is_file():
-            raise UserError(f"{entry.path}: a broken link; was the data set moved?")
+            raise UserError(f"{entry.path}: no file, or a broken link; was the data "
+                            f"set moved?")
         if name in found:
             raise UserError(f"{entry.path} and {found[name]} have one name, so which "
                             f"of them is meant is unclear; remove one")
@@ -504,10 +514,12 @@ def read_classes(root: Path, *, warn: bool) -> tuple[tuple, tuple, dict | None]:
             raise ValueError
         table.pop(IGNORE_INDEX, None)
         names, colours = zip(*(table[i] for i in range(len(table))))
+        if not all(names) or len(set(names)) < len(names):
+            raise ValueError
     except (ValueError, KeyError, IndexError):
-        raise UserError(f"{path}: every line must be 'id name r g b', with ids 0.."
-                        f"{len(rows) - 1} once each (and 255, if you like, for what is "
-                        f"ignored) and r, g, b in 0..255") from None
+        raise UserError(f"{path}: every line must be 'id name r g b': ids from 0 on, "
+                        f"once each (and 255, if you like, for what is ignored), other "
+                        f"names, r, g, b in 0..255") from None
     return names, colours, by_colour
 
 
@@ -665,6 +677,18 @@ def check_some(dataset, *, count: int = 64) -> None:
         raise UserError(f"{dataset.name(0)} and others: all pixels of {len(picked)} "
                         f"masks are ignored; there is nothing to learn or to score")
     warn_of_binary(dataset, binary)
+    warn_of_turned(dataset, picked)
+
+
+def warn_of_turned(dataset, indices) -> None:
+    """Of a picture that is upside down and its mask, nothing but a look tells."""
+    if dataset.info.name != "folder" or not dataset.has_labels:
+        return
+    turned = [i for i in indices if orientation(dataset.pairs[i][0]) > 1]
+    if turned:
+        print(f"warning: {len(turned)} of {len(indices)} images are turned by their "
+              f"EXIF tag, first {dataset.name(turned[0])}; masks are taken as they "
+              f"are: look whether they fit", file=sys.stderr)
 
 
 def warn_of_binary(dataset, indices: list[int]) -> None:
@@ -883,10 +907,10 @@ def check_shared_memory(images: int, crop: tuple[int, int]) -> None:
     shared = Path("/dev/shm")
     free = shutil.disk_usage(shared).free if shared.is_dir() else math.inf
     if need > free:
-        raise UserError(f"the loader processes keep {need / 1e6:.0f} MB in {shared}, "
-                        f"and {free / 1e6:.0f} MB are free: give the container more "
-                        f"(docker run --shm-size 4g), or pass fewer --workers, or 0",
-                        code=1)
+        print(f"warning: the loader processes may keep {need / 1e6:.0f} MB in "
+              f"{shared}, and {free / 1e6:.0f} MB are free: if one of them dies, give "
+              f"the container more (docker run --shm-size 4g), or pass fewer --workers",
+              file=sys.stderr)
 
 
 def train_loader(dataset, batches: Batches, *, workers: int, **augmentation):
@@ -955,6 +979,7 @@ def survey(dataset, title: str, workers: int) -> tuple[dict, Counter, Tensor]:
         faults[len(dataset)] = f"{title}: {ALL_BINARY}"
     elif not faults:
         warn_of_binary(dataset, binary)
+        warn_of_turned(dataset, range(len(dataset)))
     return faults, sizes, torch.stack(counts) if counts else torch.zeros(0, 256)
 
 
@@ -1045,7 +1070,7 @@ def parse(argv=None):
     add("--splits", nargs="+", default=["train", "val"], help="default: train val")
     add("--out", metavar="FILE", help="picture of some (default DATASET-check.png)")
     add("--download", action="store_true", help="voc only: fetch it into DIR first")
-    add("--workers", type=int, default=min(8, os.cpu_count() or 1),
+    add("--workers", type=number(int), default=min(8, os.cpu_count() or 1),
         help="loader processes (default: the cores, at most 8)")
     return parser.parse_args(argv)
 

@@ -42,11 +42,12 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import resize
 
 import data
-from common import (IGNORE_INDEX, LABELS, ConfusionMatrix, Parser, UserError, autocast,
-                    build_model, checkpoint_file, checksum, count_cost, join_processes,
-                    load_checkpoint, load_method, make_folder, methods, out_of_memory,
-                    peak_memory, progress, published, rank_and_world, restore, rows_at,
-                    shapes_only, show_errors)
+from common import (ABOVE_ZERO, IGNORE_INDEX, LABELS, ConfusionMatrix, Parser,
+                    UserError, autocast, build_model, checkpoint_file, checksum,
+                    count_cost, join_processes, load_checkpoint, load_method,
+                    make_folder, methods, number, out_of_memory, peak_memory, progress,
+                    published, rank_and_world, restore, rows_at, shapes_only,
+                    show_errors, usable)
 
 # --- An image becomes class ids ------------------------------------------------------
 
@@ -478,15 +479,12 @@ def bands_picture(bands: Bands, miou: float, path: Path) -> None:
 
 def protocol_of(args) -> Protocol:
     """The protocol that the command line asks for."""
-    if min(args.scales) <= 0 or len(set(args.scales)) < len(args.scales):
-        raise UserError(f"--scales {args.scales}: positive and different ones, please")
+    if len(set(args.scales)) < len(args.scales):
+        raise UserError(f"--scales {args.scales}: different ones, please")
     if args.stride and (not args.window or max(
             s - n for s, n in zip(args.stride, args.window)) > 0):
         raise UserError("--stride is the step from window to window, at most their "
                         "size; give --window H W, too")
-    for name in ("window", "stride"):
-        if getattr(args, name) and min(getattr(args, name)) < 1:
-            raise UserError(f"--{name}: pixels, from 1 on")
     pair = lambda x: tuple(x) if x else None
     return Protocol(tuple(args.scales), args.flip, args.fuse, pair(args.window),
                     pair(args.stride), tuple(args.base_size), args.max_pixels)
@@ -654,7 +652,7 @@ def command_predict(args) -> None:
 
     Method, classes, palette and normalisation come from the checkpoint.
     """
-    checkpoint, model, normalise = photo_model(args.checkpoint, args.device)
+    checkpoint, model, normalise = photo_model(args.checkpoint, usable(args.device))
     protocol = protocol_of(args)
 
     @torch.inference_mode()
@@ -682,6 +680,9 @@ def write_pictures(args, checkpoint: dict, label) -> None:
     info = data.Info(checkpoint["dataset"], tuple(checkpoint["classes"]),
                      tuple(map(tuple, checkpoint["palette"])))
     out = make_folder(args.out)
+    if out.resolve() in [path.resolve().parent for path in paths]:
+        raise UserError(f"--out {out} is where the images are: the next run would take "
+                        f"these results for images; give another folder")
     for path in paths:
         image = data.read_image(path)
         ids, picture = label(image), image.permute(1, 2, 0).numpy()
@@ -1062,19 +1063,21 @@ def protocol_options() -> argparse.ArgumentParser:
     """How an image becomes class ids, for score and predict."""
     how = argparse.ArgumentParser(add_help=False)
     group = how.add_argument_group("protocol")
-    group.add_argument("--scales", nargs="+", type=float, default=[1.0],
+    pixels = number(int, 1)
+    group.add_argument("--scales", nargs="+", default=[1.0],
+                       type=number(float, ABOVE_ZERO, 16),
                        help="of the image (default 1)")
     group.add_argument("--flip", action="store_true", help="mirrored images, too")
     group.add_argument("--fuse", choices=("mean", "exp"), default="mean",
                        help="mean softmax of the passes, or sum of exp(logits)")
-    group.add_argument("--window", nargs=2, type=int, metavar=("H", "W"),
+    group.add_argument("--window", nargs=2, type=pixels, metavar=("H", "W"),
                        help="sliding windows of this size (default: whole image)")
-    group.add_argument("--stride", nargs=2, type=int, metavar=("H", "W"),
+    group.add_argument("--stride", nargs=2, type=pixels, metavar=("H", "W"),
                        help="from window to window (default: two thirds of it)")
-    group.add_argument("--base-size", nargs=2, type=int, default=[0, 0],
+    group.add_argument("--base-size", nargs=2, type=pixels, default=[0, 0],
                        metavar=("LONG", "SHORT"),
                        help="make each image fit into it before it is scaled")
-    group.add_argument("--max-pixels", type=int, default=0, metavar="N",
+    group.add_argument("--max-pixels", type=number(int), default=0, metavar="N",
                        help="leave out scales at which the image has more")
     return how
 
@@ -1084,7 +1087,8 @@ def score_options(score: argparse.ArgumentParser) -> None:
     score.add_argument("--dataset", help="default: the one it was trained on")
     score.add_argument("--data-root", metavar="DIR", help="default: as in training")
     score.add_argument("--split", default="val", help="default val")
-    score.add_argument("--workers", type=int, default=2, help="loader processes (2)")
+    score.add_argument("--workers", type=number(int), default=2,
+                       help="loader processes (2)")
     score.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off")
     score.add_argument("--bands", action="store_true",
                        help="mIoU near void (VOC) or near class boundaries")

@@ -43,11 +43,12 @@ import torchvision
 from torch import Tensor, nn
 
 import data
-from common import (BACKBONES, FORMAT, IGNORE_INDEX, LABELS, PATIENCE, Damaged, Parser,
-                    UserError, autocast, build_model, check_option, join_processes,
-                    load_checkpoint, load_method, make_folder, method_options, methods,
-                    out_of_memory, peak_memory, progress, rank_and_world,
-                    save_checkpoint, segmentation_loss, show_errors)
+from common import (ABOVE_ZERO, BACKBONES, FORMAT, IGNORE_INDEX, LABELS, PATIENCE,
+                    Damaged, Parser, UserError, autocast, build_model, check_option,
+                    join_processes, load_checkpoint, load_method, make_folder,
+                    method_options, methods, number, out_of_memory, peak_memory,
+                    progress, rank_and_world, save_checkpoint, segmentation_loss,
+                    show_errors)
 from evaluate import Protocol, sample_sheet, score_dataset
 
 # --- Part 1. The lesson --------------------------------------------------------------
@@ -286,17 +287,16 @@ class Run:
 
 @dataclass(frozen=True)
 class Option:
-    """An option: its default, a sentence for --help, the least legal number."""
+    """An option: its default, a sentence for --help, the numbers that are legal."""
 
     default: object
     help: str
     least: float = 0
+    most: float = 2**31
     metavar: str = ""  # else the last word of its name
     choices: tuple = ()
     flag: bool = False  # given or not, without a value
 
-
-ABOVE_ZERO = 1e-9
 
 # Ours, for every method, where its module has no recipe of its own for the data set.
 RECIPE = {
@@ -308,21 +308,22 @@ RECIPE = {
     "epochs": Option(40, "passes over the training set, unless --iterations is given"),
     "iterations": Option(0, "training steps"),
     "lr": Option(0.05, "learning rate after the warm-up", ABOVE_ZERO),
-    "momentum": Option(0.9, "SGD momentum"),
+    "momentum": Option(0.9, "SGD momentum", most=1),
     "weight_decay": Option(5e-4, "SGD weight decay"),
     "power": Option(0.9, "exponent of the poly schedule"),
     "min_lr": Option(1e-4, "learning rate at the end"),
     "warmup": Option(100, "steps of linear warm-up"),
-    "warmup_from": Option(0.0, "where it begins, as a share of the rate; 0: a step's"),
+    "warmup_from": Option(0.0, "where it begins, as a share of the rate; 0: a step's",
+                          most=1),
     "base_size": Option((0, 0), "before the random scale, images are resized to fit "
                                 "into LONG SHORT pixels; 0 0: they are not"),
     "scale": Option((0.75, 1.5), "random scale, from and to", ABOVE_ZERO),
-    "photometric": Option(True, "distort colours at random, 0 or 1"),
+    "photometric": Option(True, "distort colours at random, 0 or 1", most=1),
     "aux_weight": Option(0.4, "weight of each auxiliary loss"),
     "ohem": Option(0.0, "hard example mining: the share of each image's hardest pixels "
-                        "that counts; 0: all do"),
+                        "that counts; 0: all do", most=1),
     "ohem_threshold": Option(0.0, "with --ohem: so does each pixel whose true class "
-                                  "has a lower probability"),
+                                  "has a lower probability", most=1),
     "channels": Option(128, "width of context and decoder", 1),
     "bn_images": Option(0, "whole images that give batch norm its statistics, 0: the "
                            "crops do"),
@@ -661,8 +662,9 @@ OPTIONS = {  # all that is not in the recipe
     "seed": Option(0, "of weights, order and augmentation (0)"),
     "eval_every": Option(0, "evaluate and save every so many steps (default a fifth of "
                             "the run)", metavar="STEPS"),
-    "save_every": Option(500, "save between evaluations, too (500)", 1, "STEPS"),
-    "log_every": Option(20, "progress line (20)", 1, "STEPS"),
+    "save_every": Option(500, "save between evaluations, too (500)", 1,
+                         metavar="STEPS"),
+    "log_every": Option(20, "progress line (20)", 1, metavar="STEPS"),
     # What changes how fast a run is, not what it is (but for 16 bits).
     "device": Option(None, "cpu, cuda or cuda:1 (default: cuda if there is one)"),
     "workers": Option(min(8, os.cpu_count() or 1),
@@ -670,7 +672,7 @@ OPTIONS = {  # all that is not in the recipe
     "amp": Option("off", "convolutions in 16 bits, the rest in float32 (default off)",
                   choices=("off", "bf16", "fp16")),
     "accumulate": Option(1, "a process' images go through the network in so many parts "
-                            "(1)", 1, "PARTS"),
+                            "(1)", 1, metavar="PARTS"),
     "compile": Option(False, "torch.compile the network", flag=True),
     "tf32": Option(1, "on a GPU round the factors of float32 products to 10 bits (1)",
                    choices=(0, 1)),
@@ -678,22 +680,6 @@ OPTIONS = {  # all that is not in the recipe
                                    "operations without one", flag=True),
     "debug": Option(False, "show tracebacks", flag=True),
 }
-
-
-def number(kind: type, least: float):
-    """A type for argparse: `least` or more, finite, and no more than two billion."""
-    def convert(text: str):
-        said = "above 0" if least == ABOVE_ZERO else f"at least {least:g}"
-        try:
-            value = int(text) if kind in (int, bool) else kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is no {kind.__name__} {said}") from None
-        if not least <= value <= 2**31:
-            raise argparse.ArgumentTypeError(f"must be {said} and at most 2^31, got "
-                                             f"{text}")
-        return kind(value)
-    return convert
 
 
 def add_option(group, name: str, option: Option) -> None:
@@ -704,7 +690,7 @@ def add_option(group, name: str, option: Option) -> None:
     else:
         how["metavar"] = option.metavar or name.split("_")[-1].upper()
         if isinstance(first, (int, float)):  # bool, too
-            how["type"] = number(type(first), option.least)
+            how["type"] = number(type(first), option.least, option.most)
         if option.choices:
             how |= {"choices": option.choices, "metavar": None}
         if isinstance(default, (tuple, list)):
@@ -727,6 +713,9 @@ def parse(argv=None) -> argparse.Namespace:
     for name, option in RECIPE.items():
         add_option(group, name, option)
     given = vars(parser.parse_args(argv))
+    for name, value in given.items():
+        if value == "":  # a script's variable that is not set
+            raise UserError(f"--{name.replace('_', '-')} is empty")
     for name in ("crop", "scale", "base_size"):
         if name in given:
             given[name] = tuple(given[name])
@@ -780,18 +769,22 @@ def check_processes(args, values: dict, device: torch.device) -> None:
 
 
 def check_split(batch: int, world: int, parts: int, device: torch.device) -> None:
-    """The images of a step must divide evenly, and batch norm needs two at a time."""
+    """The images of a step must divide evenly, and batch norm needs two at a time.
+
+    (Else it would normalise the pooled 1x1 map of a context module to zero.) On GPUs
+    the processes normalise together.
+    """
     pieces = world * parts
-    if batch % pieces:
-        more = (batch // pieces + 1) * pieces
-        raise UserError(f"--batch {batch} does not divide by {world} processes x "
-                        f"{parts} parts; pass --batch {max(pieces, more - pieces)} or "
-                        f"{more}")
-    together = batch // pieces * (world if device.type == "cuda" else 1)
-    if together < 2:
-        raise UserError(f"--batch {batch}: batch norm on the pooled 1x1 map of a "
-                        f"context module needs at least two images at a time; pass "
-                        f"--batch {2 * pieces} or more (--accumulate does not help)")
+    together = world if device.type == "cuda" else 1
+    least = pieces * math.ceil(2 / together)
+    if batch % pieces or batch < least:
+        below = batch // pieces * pieces
+        near = {max(least, below), max(least, below + pieces)}
+        why = f"does not divide by {world} processes x {parts} parts"
+        if batch % pieces == 0:
+            why = "leaves batch norm a single image (--accumulate does not help)"
+        raise UserError(f"--batch {batch} {why}; pass --batch "
+                        f"{' or '.join(map(str, sorted(near)))}")
 
 
 def distribute(run: Run) -> None:
@@ -858,7 +851,7 @@ def new_folder(args) -> Path:
     """A new folder for the run; a default name gets a number if it is taken."""
     if args.out:
         folder = Path(args.out)
-        there = [name for name in CHECKPOINTS if (folder / name).exists()]
+        there = [name for name in CHECKPOINTS if os.path.lexists(folder / name)]
         if there:
             go_on = "" if there == ["best.pt"] else f", or --resume {folder}"
             raise UserError(f"{folder} holds a run ({', '.join(there)}); give another "
@@ -876,7 +869,7 @@ def new_folder(args) -> Path:
 def lock(folder: Path):
     """Two runs in one folder would overwrite each other: the second one ends here."""
     try:
-        file = open(folder / ".lock", "w")
+        file = open(folder / ".lock", "a")
     except OSError as error:
         raise UserError(f"cannot write in {folder} ({error})") from None
     try:
@@ -1050,17 +1043,18 @@ class Stopped(UserError):
 
 
 class Signals:
-    """SIGINT, SIGTERM, SIGHUP: an end after this step; a second one ends at once.
+    """SIGINT, SIGTERM and the like: an end after this step; a second one, at once.
 
-    SIGHUP comes when the terminal goes. Where nohup ignores it, it stays ignored.
+    SIGHUP comes when the terminal goes, SIGXCPU from some schedulers. What is ignored
+    from outside, as SIGHUP under nohup, stays ignored.
     """
 
     def __init__(self):
         self.signal, self.asked, self.before = 0, 0.0, {}
 
     def __enter__(self):
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGXCPU"):
+            number = getattr(signal, name, None)  # Windows has the first two
             if number and signal.getsignal(number) is not signal.SIG_IGN:
                 self.before[number] = signal.signal(number, self.ask)
         return self
@@ -1101,7 +1095,7 @@ def kept_alive(run: Run):
 def machine_fault(error: Exception, run: Run) -> str:
     """What to do about a fault that torch reports in its own terms; "" for a bug."""
     said, args, values = str(error), run.args, run.values
-    if "shared memory" in said or "Bus error" in said:
+    if any(word in said for word in ("shared memory", "Bus error", "/torch_")):
         return ("a loader process found no room in /dev/shm, through which its images "
                 "come: give the container more (--shm-size), or pass --workers 0")
     if "DataLoader worker" in said:
@@ -1112,6 +1106,8 @@ def machine_fault(error: Exception, run: Run) -> str:
             process.kill()  # it would not hear anything less
         return (f"a loader process said nothing for {data.STUCK} s: a disk that does "
                 f"not answer? Try fewer --workers")
+    if "Too many open files" in said:
+        return "too many open files: raise `ulimit -n`, or lower --workers"
     if out_of_memory(error):
         share = values["batch"] // run.world // args.accumulate
         smaller = (f"--accumulate {2 * args.accumulate}" if share % 4 == 0 else

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402 (they are found by the line above)
 import evaluate  # noqa: E402
 import train  # noqa: E402
-from common import load_checkpoint  # noqa: E402
+from common import FIELDS, FORMAT, load_checkpoint  # noqa: E402
 
 
 
@@ -38,6 +38,9 @@ def voc_colour(label: int) -> list[int]:
 
 
 VOC_COLOURS = sum(map(voc_colour, range(256)), [])
+# The fields of a checkpoint, all of them empty.
+EMPTY = {name: kind() for name, kind in FIELDS.items()}
+EMPTY |= {"format": FORMAT, "mean": [0.0] * 3, "std": [1.0] * 3}
 SMALL = {"backbone": "resnet18", "channels": 16}
 # A run of seconds: python train.py *TINY, best with the `thin` network on few images.
 TINY = ["--batch", "4", "--crop", "64", "96", "--set", "channels=16", "--workers", "0",

@@ -139,6 +139,7 @@ class Tiny:
     """As many labels as one likes."""
 
     has_labels = True
+    info = data.Info("tiny", (), ())
 
     def __len__(self):
         return 300
@@ -423,7 +424,7 @@ LISTINGS = [  # FILE is what the function returns
     ("context60", "a list that is not there", remove(2), "No such file.*FILE"),
     ("voc", "a list that is not there", remove(2), "No such file.*FILE"),
     ("camvid", "a broken link", broken_link,
-     "FILE: a broken link; was the data set moved"),
+     "FILE: no file, or a broken link; was the data set moved"),
     ("folder", "two images of one name", twin(0), "FILE.* have one name"),
     ("folder", "two masks of one name", twin(1), "FILE.* have one name"),
     ("folder", "images in a folder below", sub_folder,

@@ -15,7 +15,7 @@ import common
 import data
 import evaluate
 from common import IGNORE_INDEX, ConfusionMatrix, UserError
-from conftest import SMALL, call_evaluate, child, draw_tree, ended, ranks, save
+from conftest import EMPTY, SMALL, call_evaluate, child, draw_tree, ended, ranks, save
 from evaluate import Protocol, predict
 
 MS = Protocol(scales=(0.5, 1.0, 1.75), flip=True)
@@ -40,8 +40,7 @@ def saved(folder, info, *, root=None, spec="nrd:bilinear"):
     folder.mkdir(parents=True, exist_ok=True)
     model = tiny(spec, len(info.classes))
     options = {"channels": SMALL["channels"]}
-    empty = {name: kind() for name, kind in common.FIELDS.items()}
-    state = {**empty, "format": common.FORMAT, "method": spec, "options": options,
+    state = {**EMPTY, "method": spec, "options": options,
              "backbone": SMALL["backbone"], "classes": list(info.classes),
              "palette": [list(c) for c in info.palette], "dataset": info.name,
              "data_root": None if root is None else str(root), "difficulty": 0.5,
@@ -402,8 +401,8 @@ def test_a_split_without_valid_pixels_is_an_error_not_a_number(tmp_path, capsys)
 
 
 @pytest.mark.parametrize("words, message", [
-    (("--scales", "0"), "positive"), (("--scales", "1", "1"), "different"),
-    (("--stride", "5", "5"), "give --window"), (("--window", "0", "9"), "from 1 on"),
+    (("--scales", "0"), "above 0"), (("--scales", "1", "1"), "different"),
+    (("--stride", "5", "5"), "give --window"), (("--window", "0", "9"), "at least 1"),
     (("--max-pixels", "9"), "leaves no scale"), (("--split", "tset"), "tset"),
     (("--dataset", "streets"), "knows the 3 classes")])
 def test_wrong_wishes_are_refused_in_a_sentence(seven, words, message, capsys):

@@ -12,9 +12,9 @@ import torch
 
 import common
 import train
-from common import FORMAT, UserError, load_checkpoint, save_checkpoint
-from conftest import (TINY, assert_same, bytes_of, child, contents, launch, make_thin,
-                      stop_after, train_ends)
+from common import UserError, load_checkpoint, save_checkpoint
+from conftest import (EMPTY, TINY, assert_same, bytes_of, child, contents, launch,
+                      make_thin, stop_after, train_ends)
 
 pytestmark = pytest.mark.usefixtures("one_thread", "thin")
 
@@ -217,7 +217,7 @@ def test_a_full_disk_leaves_the_older_checkpoint(tmp_path):
 @pytest.fixture
 def written(tmp_path):
     """A checkpoint that is there before another one is to take its place."""
-    save_checkpoint({"format": FORMAT, "x": torch.ones(3)}, tmp_path / "last.pt")
+    save_checkpoint(EMPTY | {"x": torch.ones(3)}, tmp_path / "last.pt")
     return tmp_path / "last.pt"
 
 
@@ -230,7 +230,7 @@ def test_an_interrupted_write_keeps_the_old_checkpoint(written, monkeypatch):
         raise OSError("disk full")
     monkeypatch.setattr(torch, "save", half)
     with pytest.raises(UserError, match="disk full.*older .* is untouched") as error:
-        save_checkpoint({"format": FORMAT, "x": torch.zeros(3)}, written)
+        save_checkpoint(EMPTY | {"x": torch.zeros(3)}, written)
     assert error.value.code == 4, "storage"
     assert bytes_of(written.parent) == before
 
@@ -241,7 +241,7 @@ def test_what_was_written_is_read_back(written, monkeypatch):
     monkeypatch.setattr(torch, "save", lambda state, file: write(
         state | {"x": torch.tensor([1., 1., 2.])}, file))
     with pytest.raises(UserError, match="does not fit its checksum"):
-        save_checkpoint({"format": FORMAT, "x": torch.zeros(3)}, written)
+        save_checkpoint(EMPTY | {"x": torch.zeros(3)}, written)
     assert load_checkpoint(written)["x"].tolist() == [1, 1, 1]
 
 
@@ -258,7 +258,7 @@ def test_a_folder_that_cannot_be_flushed_is_no_reason_to_stop(written, monkeypat
             raise OSError(errno.EINVAL, "Invalid argument")
         flush(file)
     monkeypatch.setattr(os, "fsync", refusing)
-    save_checkpoint({"format": FORMAT, "x": torch.zeros(3)}, written)
+    save_checkpoint(EMPTY | {"x": torch.zeros(3)}, written)
     assert load_checkpoint(written)["x"].tolist() == [0, 0, 0]
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(*folders)
