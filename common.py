@@ -954,7 +954,9 @@ def join_processes(device: str) -> str:
         return usable(device)
     told = {name: os.environ.get(name, "") for name in (
         "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-    if not (all(told.values()) and int(told["RANK"]) < int(told["WORLD_SIZE"])):
+    numbers = [told[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
+    if not (all(told.values()) and all(map(str.isdigit, numbers))
+            and int(told["RANK"]) < int(told["WORLD_SIZE"])):
         said = " ".join(f"{name}={value or '?'}" for name, value in told.items())
         raise UserError(f"the environment is that of one of several processes, but not "
                         f"as torchrun makes it ({said}); start it by torchrun, or "

@@ -101,7 +101,7 @@ def test_predictions_do_not_become_images(stopped, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("environment, said", [
-    ({"WORLD_SIZE": "1"}, "RANK=? LOCAL_RANK=? WORLD_SIZE=1"),
+    ({"WORLD_SIZE": "abc"}, "RANK=? LOCAL_RANK=? WORLD_SIZE=abc"),
     ({"RANK": "5", "LOCAL_RANK": "5", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
       "MASTER_PORT": "1"}, "RANK=5 LOCAL_RANK=5 WORLD_SIZE=2")])
 def test_an_environment_that_torchrun_did_not_make(environment, said, tmp_path,

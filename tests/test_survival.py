@@ -13,8 +13,8 @@ import torch
 import common
 import train
 from common import UserError, load_checkpoint, save_checkpoint
-from conftest import (EMPTY, TINY, assert_same, bytes_of, child, contents, launch,
-                      make_thin, stop_after, train_ends)
+from conftest import (EMPTY, TINY, assert_same, bytes_of, child, contents, ended,
+                      launch, make_thin, ranks, stop_after, train_ends)
 
 pytestmark = pytest.mark.usefixtures("one_thread", "thin")
 
@@ -107,27 +107,37 @@ def test_kill_9_inside_a_write_loses_nothing(tmp_path):
     assert not list((tmp_path / "cut").glob("*.tmp"))
 
 
+def started(world, folder, settings):
+    """The processes of one run, on their way."""
+    output = folder.parent / "said"
+    if world == 1:
+        return [child(go_on, folder, settings, output=output)]
+    return ranks(world, go_on, folder, settings, output=output)
+
+
 @pytest.mark.thorough
-@pytest.mark.parametrize("kills", [3, 50])
-def test_kill_9_at_random_moments_loses_nothing(tmp_path, kills):
-    settings = [*TINY, "--iterations", 8 * kills, "--eval-every", 3 * kills,
-                "--save-every", 2, "--workers", 1]
-    whole = finished(tmp_path / "whole", settings)
-    dice, killed = random.Random(0), 0
-    for _ in range(kills):
-        process = child(go_on, tmp_path / "cut", settings)
-        process.join(dice.uniform(0.3, 1.0))
-        process.kill()
-        process.join()
-        killed += process.exitcode == -signal.SIGKILL
-    assert killed > kills / 2, f"only {killed} of {kills} were killed in time"
-    if not (tmp_path / "cut").exists() or not list((tmp_path / "cut").glob("*.pt")):
-        pytest.fail("no run of them got so far as to save")
-    try:
-        assert_same(whole, finished(tmp_path / "cut", settings))
-    except AssertionError as error:
-        assert "is finished" in str(error)  # before the last kill
-        assert_same(whole, contents(tmp_path / "cut"))
+@pytest.mark.parametrize("world, workers, parts, amp", [
+    (1, 0, 1, "off"), (1, 2, 2, "bf16"), (2, 0, 1, "off"), (2, 2, 1, "bf16")])
+def test_kill_9_at_random_moments_loses_nothing(tmp_path, world, workers, parts, amp):
+    """25 kills in each of four settings, of one process of two or of both at once."""
+    settings = [*TINY, "--iterations", 240, "--eval-every", 90, "--save-every", 2,
+                "--workers", workers, "--accumulate", parts, "--amp", amp]
+    for process in started(world, tmp_path / "whole", settings):
+        process.join(600)
+    whole, dice, killed = contents(tmp_path / "whole"), random.Random(0), 0
+    for _ in range(25):
+        processes = started(world, tmp_path / "cut", settings)
+        processes[0].join(dice.uniform(0.4, 1.4) * world)
+        for process in dice.choice([processes, processes[:1], processes[-1:]]):
+            process.kill()
+        codes = ended(processes)  # who is not killed ends by itself
+        assert None not in codes, "a process outlives the others"
+        killed += -signal.SIGKILL in codes
+    assert killed > 12, f"only {killed} of 25 were killed in time"
+    last = ended(started(world, tmp_path / "cut", settings), seconds=600)
+    said = (tmp_path / "said").read_text()[-2000:]
+    assert set(last) == {0} or "is finished" in said, said
+    assert_same(whole, contents(tmp_path / "cut"))
 
 
 # --- Damaged files and full disks ----------------------------------------------------
