@@ -192,6 +192,7 @@ RECIPES = {  # [N9]
 # --- 2. Equations --------------------------------------------------------------------
 
 
+# task: minutes=15 points=8
 def atrous_convolution(x: Tensor, weight: Tensor, *, rate: int) -> Tensor:
     """Eq. (1): y_i = sum_k x_(i + rate * k) w_k, a kernel with holes.
 
@@ -203,6 +204,7 @@ def atrous_convolution(x: Tensor, weight: Tensor, *, rate: int) -> Tensor:
     return F.conv2d(x, weight, padding=rate, dilation=rate)
 
 
+# task: minutes=10 points=4 section='Sec. 3.1'
 def atrous_rates(output_stride: int) -> tuple[int, ...]:
     """Rates of ASPP that see the same stretch of the image at any stride.  [N2]"""
     return tuple(rate * 32 // output_stride for rate in (3, 6, 9))
@@ -251,6 +253,7 @@ class DeepLabv3PlusDecoder(nn.Module):
         self.classify = nn.Sequential(nn.Dropout2d(dropout),  # [N4]
                                       nn.Conv2d(channels, num_classes, 1))
 
+    # task: minutes=25 points=10 section='Sec. 3.1'
     def forward(self, context: Tensor, features: dict[str, Tensor]) -> Tensor:
         B, D, h, w = context.shape
         low = self.reduce(features["res2"])  # (B, L, q, r)
@@ -294,6 +297,7 @@ class DeepLabv3Plus(nn.Module):
         logits, aux = self.decode(images)
         return {"out": self.to_pixels(logits, images.shape[-2:]), "aux": aux}
 
+    # task: minutes=20 points=8 section='Fig. 2'
     def decode(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """images (B, 3, H, W) -> logits (B, K, q, r), auxiliary logits.
 
@@ -305,6 +309,7 @@ class DeepLabv3Plus(nn.Module):
         aux = [head(features["res4"]) for head in self.aux_heads if self.training]
         return logits, aux
 
+    # task: minutes=10 points=5 section='Fig. 2'
     def to_pixels(self, logits: Tensor, size: tuple[int, int], rows=None) -> Tensor:
         """The last bilinear step (x4): logits (B, K, H, W) of the size = (H, W) pixels.
 

@@ -1,0 +1,389 @@
+"""Grade what students wrote: `python -m pytest --grade=FOLDER --tasks nrd sfnet.warp`.
+
+From the student's file only the task's own function is taken, and what has a name there
+that the original lacks, such as a helper. All else is the original: the other tasks,
+too, so that each is graded on its own, and nothing that a student changes elsewhere
+helps or harms.
+
+A claim is a function in tests/tasks/ that calls the task's function, on inputs that it
+draws, and returns what came out. It runs on the student's module in a process of its
+own. Equal to what the original gives: its points. Equal to what one of the usual
+mistakes gives, each of which is planted in the original by an edit: its sentence.
+"""
+from __future__ import annotations
+
+import ast
+import importlib
+import io
+import json
+import math
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+import zlib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from assignment import ROOT, Task, choose, claims_of, find_tasks, member, read
+from assignment import tasks_file
+
+LIMIT = 15  # seconds for all claims of a task, which take well under one
+MEMORY = 8 * 2**30  # bytes that a task's process may ask for
+FORKS = multiprocessing.get_context("forkserver")
+
+
+# --- For tests/tasks/ ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A usual mistake: what to say of it, and how it comes out of the right function.
+
+    edits: {text of the function: what stands there instead}. loses: the names of the
+    claims that it breaks, separated by blanks.
+    """
+
+    says: str
+    edits: dict[str, str]
+    loses: str
+
+
+def points(number: int):
+    """Makes a function a claim that is worth so many points."""
+    def mark(function):
+        function.points = number
+        return function
+    return mark
+
+
+def gradients(function, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of a weighted sum of function(*inputs), by each of the inputs."""
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    out = function(*inputs)
+    weight = torch.arange(out.numel(), dtype=out.dtype).cos().reshape(out.shape)
+    return torch.autograd.grad((out * weight).sum(), inputs)
+
+
+# --- A module with one foreign function ----------------------------------------------
+
+
+def graft(task: Task, original: str, text: str, file: str) -> ModuleType:
+    """The original module, with the task's function and new names from `text`."""
+    tree, theirs = ast.parse(original), ast.parse(text, file)
+    function = member(theirs, task.path)
+    if function is None:
+        raise NameError(f"{Path(file).name} has no {task.path}")
+    *outer, name = task.path.split(".")
+    old, new = tree, theirs
+    for place in [*outer, name]:
+        at = old.body.index(member(old, place))
+        more = [part for node in new.body for part in additions(node, defined(old))]
+        if place == name:
+            old.body[at] = function
+        home = old.body[at]
+        old.body[at:at] = more
+        old, new = home, member(new, place)
+    module = ModuleType(task.module)
+    module.__file__ = file
+    exec(compile(tree, file, "exec"), module.__dict__)
+    return module
+
+
+def names_of(node: ast.stmt) -> set[str]:
+    """What a statement gives a name to."""
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        return {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+    if isinstance(node, (ast.Assign, ast.AnnAssign)):
+        return {part.id for part in ast.walk(node)
+                if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
+    return {node.name} if hasattr(node, "name") else set()
+
+
+def defined(parent: ast.AST) -> set[str]:
+    return set().union(*map(names_of, parent.body))
+
+
+def additions(node: ast.stmt, known: set[str]) -> list[ast.stmt]:
+    """The statement, if it gives only new names; of an import, the names that are."""
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        node.names = [alias for alias in node.names
+                      if (alias.asname or alias.name).split(".")[0] not in known]
+        return [node] if node.names else []
+    names = names_of(node)
+    return [node] if names and not names & known else []
+
+
+def planted(task: Task, mistake: Mistake) -> str:
+    """The text of the original module with a mistake in the task's function."""
+    text = read(task.module)
+    node = member(ast.parse(text), task.path)
+    lines = text.splitlines(keepends=True)
+    function = "".join(lines[node.lineno - 1:node.end_lineno])
+    for old, new in mistake.edits.items():
+        assert function.count(old) == 1, f"{task}: {old!r} is not there, or twice"
+        function = function.replace(old, new)
+    return "".join([*lines[:node.lineno - 1], function, *lines[node.end_lineno:]])
+
+
+def mistakes_of(task: Task) -> list[Mistake]:
+    asked = getattr(tasks_file(task.module), task.path.replace(".", "_"), None)
+    return getattr(asked, "mistakes", [])
+
+
+# --- What a claim gives --------------------------------------------------------------
+
+
+def plain(value):
+    """A claim's result out of nothing but tensors, numbers, texts, lists and dicts."""
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        value = value.double() if value.is_floating_point() else value.long()
+        return value.clone(memory_format=torch.contiguous_format)
+    if isinstance(value, dict):
+        return {str(key): plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(part) for part in value]
+    if isinstance(value, (bool, int, float, str)):
+        return value
+    return f"a {type(value).__name__}"
+
+
+def answers(task: Task, module: ModuleType, seed: int):
+    """Yields (claim, what it gives); an error is a result, too: {"raised": ..}."""
+    for name, claim in claims_of(task).items():
+        torch.manual_seed(zlib.crc32(f"{seed} {task} {name}".encode()))
+        try:
+            yield name, plain(claim(module))
+        except BaseException as error:  # SystemExit is one, and costs this claim only
+            yield name, raised(error, module.__file__)
+
+
+def raised(error: BaseException, file: str) -> dict[str, str]:
+    """An error as a claim's result; the line is the last one in the student's file."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+             if frame.filename == file]
+    said = (str(error).splitlines() or [""])[0]
+    line = str(getattr(error, "lineno", None) or (lines or [""])[-1])
+    return {"raised": type(error).__name__, "said": said[:300], "line": line}
+
+
+@cache
+def known_answers(task: Task, seed: int) -> dict[str, dict]:
+    """{"": what the original gives, claim by claim; sentence: what the mistake does}"""
+    text, file = read(task.module), str(ROOT / f"{task.module}.py")
+    texts = {"": text} | {mistake.says: planted(task, mistake)
+                          for mistake in mistakes_of(task)}
+    return {says: dict(answers(task, graft(task, text, other, file), seed))
+            for says, other in texts.items()}
+
+
+# --- The student's process -----------------------------------------------------------
+
+
+def lock_up() -> None:
+    """From here on: no network, no other program, no file written, no solution read.
+
+    It keeps mistakes and curiosity in, not an attacker: for that, use a container.
+    """
+    def refuse(event, arguments):
+        outside = event.startswith(("socket.", "subprocess.", "shutil.")) or event in (
+            "os.fork", "os.forkpty", "os.system", "os.exec", "os.posix_spawn",
+            "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.kill")
+        if event == "open" and isinstance(arguments[0], (str, bytes, Path)):
+            path, _, flags = arguments
+            path = Path(os.path.abspath(os.fsdecode(path)))
+            outside = flags & (os.O_WRONLY | os.O_RDWR) or (
+                ROOT in path.parents and "site-packages" not in path.parts)
+        if outside:
+            raise PermissionError(f"{event}: not while a task is graded")
+    try:
+        import resource
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+    except (ImportError, ValueError, OSError):
+        pass  # a system that has no such limit
+    for folder in ("", str(ROOT), str(ROOT / "tests")):
+        while folder in sys.path:
+            sys.path.remove(folder)
+    sys.dont_write_bytecode = True
+    sys.addaudithook(refuse)
+
+
+def attempt(task: Task, text: str, file: str, seed: int, pipe) -> None:
+    """In the student's process: send what each claim gives, one by one."""
+    torch.set_num_threads(1)
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(nowhere, stream)
+    original = read(task.module)
+    importlib.import_module(task.module)  # and with it all that it imports
+    claims_of(task)
+    lock_up()
+    try:
+        module = graft(task, original, text, file)
+        sys.modules[task.module] = module  # whoever imports it gets the student's
+        results = answers(task, module, seed)
+    except BaseException as error:
+        fault = raised(error, file)
+        results = [(name, fault) for name in claims_of(task)]
+    for result in results:
+        buffer = io.BytesIO()
+        torch.save(result, buffer)
+        pipe.send_bytes(buffer.getvalue())
+
+
+def ask(task: Task, folder: Path, seed: int, limit: float) -> dict[str, object]:
+    """What the claims give on the student's file; those that got nowhere say why."""
+    file = folder / f"{task.module}.py"
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        return dict.fromkeys(claims_of(task), raised(error, str(file)))
+    receiver, sender = FORKS.Pipe(duplex=False)
+    process = FORKS.Process(target=attempt, daemon=True,
+                            args=(task, text, str(file), seed, sender))
+    process.start()
+    sender.close()
+    deadline = time.monotonic() + limit
+    found = {}
+    why = ""
+    while len(found) < len(claims_of(task)) and not why:
+        if not receiver.poll(max(0, deadline - time.monotonic())):
+            why = f"no end within {limit:g} seconds: a loop that does not stop?"
+            break
+        try:
+            # weights_only: what comes from there may hold data, and no code.
+            name, value = torch.load(io.BytesIO(receiver.recv_bytes()),
+                                     weights_only=True)
+            found[name] = value
+        except EOFError:
+            process.join(5)
+            why = f"the process has ended itself (exit code {process.exitcode})"
+        except Exception as error:
+            why = f"an answer that cannot be read ({type(error).__name__})"
+    process.kill()
+    process.join()
+    return {name: found.get(name, {"raised": "", "said": why, "line": ""})
+            for name in claims_of(task)}
+
+
+# --- Judging -------------------------------------------------------------------------
+
+
+def difference(got, wanted, where="") -> str:
+    """What differs between two results, in words; "" if nothing does."""
+    if isinstance(got, Tensor) and isinstance(wanted, Tensor):
+        return tensor_difference(got, wanted, where)
+    if isinstance(got, dict) and isinstance(wanted, dict) and got.keys() == wanted.keys():
+        pairs = [(got[key], wanted[key], f"{where}{key}: ") for key in wanted]
+    elif isinstance(got, list) and isinstance(wanted, list) and len(got) == len(wanted):
+        if got != wanted if is_flat(got) and is_flat(wanted) else False:
+            return f"{where}{got} instead of {wanted}"
+        pairs = [(a, b, f"{where}number {i + 1}: " if len(got) > 1 else where)
+                 for i, (a, b) in enumerate(zip(got, wanted))]
+    elif isinstance(got, (int, float)) and isinstance(wanted, (int, float)):
+        same = math.isclose(got, wanted, rel_tol=1e-4, abs_tol=1e-5) or got != got != (
+            wanted == wanted)
+        return "" if same else f"{where}{got:.5g} instead of {wanted:.5g}"
+    else:
+        return "" if type(got) is type(wanted) and got == wanted else (
+            f"{where}{in_short(got)} instead of {in_short(wanted)}")
+    return next(filter(None, (difference(*pair) for pair in pairs)), "")
+
+
+def is_flat(values: list) -> bool:
+    return all(isinstance(value, (int, str)) for value in values)
+
+
+def in_short(value) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, list) and not is_flat(value):
+        return f"a list of {len(value)}"
+    return repr(value)
+
+
+def tensor_difference(got: Tensor, wanted: Tensor, where: str) -> str:
+    if got.shape != wanted.shape:
+        return f"{where}shape {tuple(got.shape)} instead of {tuple(wanted.shape)}"
+    same = torch.isclose(got.double(), wanted.double(), rtol=1e-4, atol=1e-5,
+                         equal_nan=True)
+    if same.all():
+        return ""
+    first = tuple((~same).nonzero()[0].tolist())
+    far = (got - wanted).abs()[~same].max().item()
+    return (f"{where}{int((~same).sum())} of {same.numel()} numbers differ, by up to "
+            f"{far:.3g}; the first at {list(first)}: {got[first].item():.5g} instead "
+            f"of {wanted[first].item():.5g}")
+
+
+def judge(task: Task, found: dict, seed: int) -> dict[str, tuple[int, str]]:
+    """{claim: (points earned, "" or what is wrong)}"""
+    known = known_answers(task, seed)
+    like = {says: {name for name in found if not difference(found[name], known[says][name])}
+            for says in known}
+    verdict = {}
+    for name, claim in claims_of(task).items():
+        if name in like[""]:
+            verdict[name] = claim.points, ""
+            continue
+        # The mistake that also explains most of what the other claims gave.
+        fits = [says for says in known if says and name in like[says]]
+        says = max(fits, key=lambda says: len(like[says]), default="")
+        verdict[name] = 0, says or describe(found[name], known[""][name], task)
+    return verdict
+
+
+def describe(got, wanted, task: Task) -> str:
+    """What is wrong where no usual mistake is."""
+    if not isinstance(got, dict) or "raised" not in got:
+        return difference(got, wanted)
+    if got["said"].startswith("task "):
+        return "not written yet"
+    line = f" ({task.module}.py, line {got['line']})" if got["line"] else ""
+    return f"{got['raised']}: {got['said']}{line}".removeprefix(": ")
+
+
+def grade(folder: Path, tasks: list[Task], *, seed=0, limit=LIMIT) -> list[dict]:
+    """A dict per task: its name, score, max_score, and what is to be said of it."""
+    results = []
+    for task in tasks:
+        verdict = judge(task, ask(task, folder, seed, limit), seed)
+        lines = []
+        for name, claim in claims_of(task).items():
+            earned, wrong = verdict[name]
+            line = f"{name} {earned}/{claim.points}"
+            lines.append(f"{line}: {wrong}" if wrong else line)
+        score = sum(earned for earned, _ in verdict.values())
+        results.append({"name": f"{task} ({task.section})", "score": score,
+                        "max_score": task.points, "output": "\n".join(lines),
+                        "status": "passed" if score == task.points else "failed"})
+    return results
+
+
+def main(folder: str, names: list[str], seed: int, report: str | None) -> int:
+    """The grading as a program; 0 if every point was earned."""
+    start = time.monotonic()
+    if not Path(folder).is_dir():
+        sys.exit(f"--grade={folder}: no such folder")
+    results = grade(Path(folder).resolve(), choose(names) if names else find_tasks(),
+                    seed=seed)
+    for result in results:
+        print(f"{result['score']:>3} of {result['max_score']:>2}  {result['name']}")
+        if result["status"] == "failed":
+            for line in result["output"].splitlines():
+                print(f"{'':12}{line}")
+    score = sum(result["score"] for result in results)
+    total = sum(result["max_score"] for result in results)
+    print(f"{score:>3} of {total} points, {len(results)} tasks, seed {seed}")
+    if report:
+        gradescope = {"score": score, "tests": results,
+                      "execution_time": round(time.monotonic() - start)}
+        Path(report).write_text(json.dumps(gradescope, indent=2), encoding="utf-8")
+    return int(score < total)
