@@ -377,6 +377,7 @@ class ASPP(nn.Module):
         self.branches += [atrous(in_channels, channels, dilation=r) for r in rates]
         self.project = conv_bn_relu(channels * (2 + len(rates)), channels, projection)
 
+    # task: minutes=15 points=5 section='arXiv:1706.05587, Sec. 3.3'
     def forward(self, x: Tensor) -> Tensor:
         pooled = self.pool(x).expand(-1, -1, *x.shape[-2:])  # one vector, everywhere
         return self.project(torch.cat([pooled] + [b(x) for b in self.branches], dim=1))

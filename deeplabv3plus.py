@@ -213,6 +213,7 @@ def atrous_rates(output_stride: int) -> tuple[int, ...]:
 # --- 3. Layers -----------------------------------------------------------------------
 
 
+# task: minutes=20 points=7 section='note N7'
 def start_as_mmsegmentation(*parts: nn.Module) -> None:
     """Draw the convolutions with a batch norm as mmsegmentation does.  [N7]
 
@@ -240,6 +241,7 @@ class DeepLabv3PlusDecoder(nn.Module):
     and training would be harder. Hence the 1x1 that reduces them to 48.
     """
 
+    # task: minutes=25 points=8 section='Sec. 4.1'
     def __init__(self, in_channels: int, low_channels: int, num_classes: int, *,
                  channels=256, reduced=48, separable=True, output_stride=32,
                  dropout=0.1):
@@ -253,7 +255,7 @@ class DeepLabv3PlusDecoder(nn.Module):
         self.classify = nn.Sequential(nn.Dropout2d(dropout),  # [N4]
                                       nn.Conv2d(channels, num_classes, 1))
 
-    # task: minutes=25 points=10 section='Sec. 3.1'
+    # task: minutes=25 points=10 section='Sec. 3.1' hides=deeplabv3plus.explain
     def forward(self, context: Tensor, features: dict[str, Tensor]) -> Tensor:
         B, D, h, w = context.shape
         low = self.reduce(features["res2"])  # (B, L, q, r)
@@ -297,7 +299,6 @@ class DeepLabv3Plus(nn.Module):
         logits, aux = self.decode(images)
         return {"out": self.to_pixels(logits, images.shape[-2:]), "aux": aux}
 
-    # task: minutes=20 points=8 section='Fig. 2'
     def decode(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """images (B, 3, H, W) -> logits (B, K, q, r), auxiliary logits.
 
@@ -309,7 +310,6 @@ class DeepLabv3Plus(nn.Module):
         aux = [head(features["res4"]) for head in self.aux_heads if self.training]
         return logits, aux
 
-    # task: minutes=10 points=5 section='Fig. 2'
     def to_pixels(self, logits: Tensor, size: tuple[int, int], rows=None) -> Tensor:
         """The last bilinear step (x4): logits (B, K, H, W) of the size = (H, W) pixels.
 

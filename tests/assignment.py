@@ -8,9 +8,10 @@ A task is a function or a method with one line directly above it:
     # task: minutes=30 points=10 needs=nrd.to_cells section='Sec. 2.2'
 
 Its name is the function's, behind that of its file: `nrd.represent`, or with its class
-`nrd.NRDDecoder.fit`. `needs` names tasks that should be done before, and may be left
-out; so may `section`, where the docstring cites the paper. What is asked for, and the
-usual mistakes, stand in tests/tasks/; tests/grading.py holds a solution against them.
+`nrd.NRDDecoder.fit`. `needs` names tasks that are better done before, `hides` functions
+that would give the solution away, with commas between them; both may be left out. So
+may `section`, where the docstring cites the paper. What is asked for, and the usual
+mistakes, stand in tests/tasks/; tests/grading.py holds a solution against them.
 """
 from __future__ import annotations
 
@@ -42,6 +43,7 @@ class Task:
     points: int
     needs: tuple[str, ...]
     section: str  # of the paper
+    hides: tuple[str, ...]  # functions that contain its solution
 
     def __str__(self) -> str:
         return f"{self.module}.{self.path}"
@@ -91,9 +93,10 @@ def find_tasks() -> list[Task]:
             values = dict(word.split("=", 1) for word in shlex.split(mark[1]))
             cited = PLACE.search(ast.get_docstring(node) or "")
             section = values.get("section", cited[0] if cited else "")
-            needs = tuple(values["needs"].split(",")) if "needs" in values else ()
+            listed = lambda key: tuple(filter(None, values.get(key, "").split(",")))
             tasks.append(Task(module, path, int(values["minutes"]),
-                              int(values["points"]), needs, section))
+                              int(values["points"]), listed("needs"), section,
+                              listed("hides")))
     return tasks
 
 
@@ -122,44 +125,48 @@ def tasks_file(module: str):
 # --- Hollowing -----------------------------------------------------------------------
 
 
-def instructions(task: Task) -> str:
-    """What a student reads in the place of the solution."""
-    sentences = [f"Task {task}: {task.points} points, about {task.minutes} minutes. "
-                 f"See {task.section}."]
+def instructions(task: Task, docstring: str) -> list[str]:
+    """What a student reads in the place of the solution, line by line."""
+    said = (f"Task {task}: {task.points} points, about {task.minutes} minutes. "
+            f"See {task.section}.")
     if task.needs:
-        sentences[0] += f" It is easier after {', '.join(task.needs)}."
-    sentences[0] += " Tests that the text above names are not in this copy."
+        said += f" It is easier after {', '.join(task.needs)}."
+    if "tests/" in docstring:
+        said += " The tests that the text above names are not in this copy."
+    lines = textwrap.wrap(said, 80)
     for name, claim in claims_of(task).items():
-        said = " ".join(claim.__doc__.split())
-        sentences.append(f"- {name} ({claim.points}): {said}")
-    return "\n".join(sentences)
+        asked = f"- {name} ({claim.points}): {' '.join(claim.__doc__.split())}"
+        lines += textwrap.wrap(asked, 80, subsequent_indent="  ")
+    return lines
 
 
-def hollow(text: str, tasks: list[Task]) -> str:
-    """The text of a module, with instructions instead of what the tasks ask for."""
+def hollow(text: str, module: str, tasks: list[Task]) -> str:
+    """The text of a module with instructions instead of what the tasks ask for."""
     tree = ast.parse(text)
     lines = text.splitlines()
-    nodes = {task: member(tree, task.path) for task in tasks}
+    holes = []  # function, instructions, why it cannot be called
+    for task in tasks:
+        if task.module == module:
+            node = member(tree, task.path)
+            holes.append((node, instructions(task, ast.get_docstring(node) or ""),
+                          f"task {task}: {task.section}, {task.points} points, not "
+                          f"written yet"))
+        for hidden in task.hides:
+            if hidden.split(".")[0] == module:
+                node = member(tree, hidden.split(".", 1)[1])
+                holes.append((node, [], f"task {task}: it was solved here, too"))
     # From the bottom upwards, so that the numbers of the lines above stay true.
-    for task in sorted(tasks, key=lambda task: -nodes[task].lineno):
-        node = nodes[task]
+    for node, comment, error in sorted(holes, key=lambda hole: -hole[0].lineno):
         if ast.get_docstring(node):
             start = node.body[0].end_lineno
         else:  # behind the signature, whose last line ends with a colon
             start = node.lineno
             while not re.search(r":\s*(#.*)?$", lines[start - 1]):
                 start += 1
+        body = [*(f"# {line}" for line in comment),
+                "raise NotImplementedError(", f'    "{error}")']
         indent = " " * (node.col_offset + 4)
-        comment = []
-        for sentence in instructions(task).splitlines():
-            comment += textwrap.wrap(
-                sentence, 88, initial_indent=f"{indent}# ",
-                subsequent_indent=f"{indent}#   " if sentence[0] == "-"
-                else f"{indent}# ")
-        lines[start:node.end_lineno] = [
-            *comment, f"{indent}raise NotImplementedError(",
-            f'{indent}    "task {task}: {task.section}, {task.points} points, '
-            f'not written yet")']
+        lines[start:node.end_lineno] = [indent + line for line in body]
     return "\n".join(lines) + "\n"
 
 
@@ -213,7 +220,7 @@ def hand_out(names: list[str], folder: Path) -> list[Task]:
     (folder / "tests").mkdir(parents=True)
     (folder / "results").mkdir()
     for module in sorted(file.stem for file in ROOT.glob("*.py")):
-        text = hollow(read(module), [task for task in tasks if task.module == module])
+        text = hollow(read(module), module, tasks)
         if module == "common" and TASK_IS_A_SENTENCE not in text:
             text = text.replace(ERRORS, TASK_IS_A_SENTENCE + ERRORS)
         (folder / f"{module}.py").write_text(text, encoding="utf-8")

@@ -80,16 +80,15 @@ def graft(task: Task, original: str, text: str, file: str) -> ModuleType:
     function = member(theirs, task.path)
     if function is None:
         raise NameError(f"{Path(file).name} has no {task.path}")
-    *outer, name = task.path.split(".")
     old, new = tree, theirs
-    for place in [*outer, name]:
-        at = old.body.index(member(old, place))
-        more = [part for node in new.body for part in additions(node, defined(old))]
-        if place == name:
-            old.body[at] = function
-        home = old.body[at]
-        old.body[at:at] = more
-        old, new = home, member(new, place)
+    for name in task.path.split("."):  # the module, then perhaps the class
+        home, source = old, new
+        old, new = member(home, name), member(source, name)
+        at = home.body.index(old)
+        known = set().union(*map(names_of, home.body))
+        home.body[at:at] = [part for node in source.body
+                            for part in additions(node, known)]
+    home.body[home.body.index(old)] = function
     module = ModuleType(task.module)
     module.__file__ = file
     exec(compile(tree, file, "exec"), module.__dict__)
@@ -104,10 +103,6 @@ def names_of(node: ast.stmt) -> set[str]:
         return {part.id for part in ast.walk(node)
                 if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
     return {node.name} if hasattr(node, "name") else set()
-
-
-def defined(parent: ast.AST) -> set[str]:
-    return set().union(*map(names_of, parent.body))
 
 
 def additions(node: ast.stmt, known: set[str]) -> list[ast.stmt]:
@@ -280,31 +275,33 @@ def difference(got, wanted, where="") -> str:
     """What differs between two results, in words; "" if nothing does."""
     if isinstance(got, Tensor) and isinstance(wanted, Tensor):
         return tensor_difference(got, wanted, where)
-    if isinstance(got, dict) and isinstance(wanted, dict) and got.keys() == wanted.keys():
-        pairs = [(got[key], wanted[key], f"{where}{key}: ") for key in wanted]
-    elif isinstance(got, list) and isinstance(wanted, list) and len(got) == len(wanted):
-        if got != wanted if is_flat(got) and is_flat(wanted) else False:
-            return f"{where}{got} instead of {wanted}"
-        pairs = [(a, b, f"{where}number {i + 1}: " if len(got) > 1 else where)
-                 for i, (a, b) in enumerate(zip(got, wanted))]
-    elif isinstance(got, (int, float)) and isinstance(wanted, (int, float)):
-        same = math.isclose(got, wanted, rel_tol=1e-4, abs_tol=1e-5) or got != got != (
-            wanted == wanted)
+    if isinstance(got, (int, float)) and isinstance(wanted, (int, float)):
+        same = math.isclose(got, wanted, rel_tol=1e-4, abs_tol=1e-5) or (
+            math.isnan(got) and math.isnan(wanted))
         return "" if same else f"{where}{got:.5g} instead of {wanted:.5g}"
-    else:
-        return "" if type(got) is type(wanted) and got == wanted else (
-            f"{where}{in_short(got)} instead of {in_short(wanted)}")
-    return next(filter(None, (difference(*pair) for pair in pairs)), "")
+    pairs = []  # of parts, each with its name
+    if isinstance(got, dict) and isinstance(wanted, dict):
+        if got.keys() == wanted.keys():
+            pairs = [(got[key], wanted[key], f"{where}{key}: ") for key in wanted]
+    elif is_long(got) and is_long(wanted) and len(got) == len(wanted):
+        pairs = [(a, b, f"{where}number {i}: ")
+                 for i, (a, b) in enumerate(zip(got, wanted), start=1)]
+    if pairs:
+        return next(filter(None, (difference(*pair) for pair in pairs)), "")
+    same = type(got) is type(wanted) and got == wanted
+    return "" if same else f"{where}{in_short(got)} instead of {in_short(wanted)}"
 
 
-def is_flat(values: list) -> bool:
-    return all(isinstance(value, (int, str)) for value in values)
+def is_long(value) -> bool:
+    """A list of more than numbers and texts, which are shown as they are."""
+    return isinstance(value, list) and not all(isinstance(part, (int, str))
+                                               for part in value)
 
 
 def in_short(value) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
-    if isinstance(value, list) and not is_flat(value):
+    if is_long(value):
         return f"a list of {len(value)}"
     return repr(value)
 
@@ -326,8 +323,8 @@ def tensor_difference(got: Tensor, wanted: Tensor, where: str) -> str:
 def judge(task: Task, found: dict, seed: int) -> dict[str, tuple[int, str]]:
     """{claim: (points earned, "" or what is wrong)}"""
     known = known_answers(task, seed)
-    like = {says: {name for name in found if not difference(found[name], known[says][name])}
-            for says in known}
+    like = {says: {name for name in found if not difference(found[name], given[name])}
+            for says, given in known.items()}
     verdict = {}
     for name, claim in claims_of(task).items():
         if name in like[""]:

@@ -114,10 +114,12 @@ class dilate_stage:
     @points(3)
     def resolution(common):
         """The output is as large as the input."""
-        stages = [dilate_stage.stage(block).eval() for block in (BasicBlock, Bottleneck)]
-        for stage in stages:
+        found = {}
+        for block in (BasicBlock, Bottleneck):
+            stage = dilate_stage.stage(block).eval()
             common.dilate_stage(stage, 4)
-        return [stage(torch.randn(1, 6, 9, 12)) for stage in stages]
+            found[block.__name__] = stage(torch.randn(1, 6, 9, 12))
+        return found
 
     mistakes = [
         Mistake("the first 3x3 convolution has the whole dilation: it still sees the "
@@ -134,6 +136,28 @@ class dilate_stage:
         Mistake("only the stride is taken away: without dilation, weights that were "
                 "trained with the stride see half as far",
                 {"conv.kernel_size == (3, 3)": "False"}, loses="dilations resolution"),
+    ]
+
+
+class ASPP_forward:
+    @points(5)
+    def values(common):
+        """Global mean everywhere, 1x1, dilated 3x3, in this order, then projected."""
+        context = common.ASPP(6, 4, rates=(1, 2, 3)).eval()
+        return context(torch.randn(2, 6, 7, 9))
+
+    BRANCHES = "[pooled] + [b(x) for b in self.branches]"
+    mistakes = [
+        Mistake("the global mean comes last: it comes first",
+                {BRANCHES: "[b(x) for b in self.branches] + [pooled]"},
+                loses="values"),
+        Mistake("the branches are in the opposite order",
+                {BRANCHES: "[pooled] + [b(x) for b in self.branches][::-1]"},
+                loses="values"),
+        Mistake("the projection is missing",
+                {"self.project(torch.cat([pooled] + [b(x) for b in self.branches], "
+                 "dim=1))": "torch.cat([pooled] + [b(x) for b in self.branches], "
+                 "dim=1)"}, loses="values"),
     ]
 
 

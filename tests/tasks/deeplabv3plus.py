@@ -125,103 +125,113 @@ class DeepLabv3PlusDecoder_forward:
     ]
 
 
-class Stages(nn.Module):
-    """An encoder of one convolution per stage, all equally wide."""
+class DeepLabv3PlusDecoder___init__:
+    def decoder(deeplabv3plus, **options):
+        return deeplabv3plus.DeepLabv3PlusDecoder(6, 5, 3, channels=8, reduced=4,
+                                                  **options)
 
-    def __init__(self):
-        super().__init__()
-        self.stages = nn.ModuleDict({f"res{i}": nn.Conv2d(3, 4, 3, 2**i, 1)
-                                     for i in (2, 3, 4, 5)})
-
-    def forward(self, images):
-        return {name: stage(images) for name, stage in self.stages.items()}
-
-
-class Sum(nn.Module):
-    """A decoder that needs context and res2."""
-
-    stride = 4
-
-    def __init__(self):
-        super().__init__()
-        self.classify = nn.Conv2d(4, 3, 1)
-
-    def forward(self, context, features):
-        size = features["res2"].shape[-2:]
-        return self.classify(features["res2"] + nn.functional.interpolate(context, size))
-
-
-def small_network(deeplabv3plus):
-    heads = nn.ModuleList([nn.Conv2d(4, 3, 1)])
-    return deeplabv3plus.DeepLabv3Plus(Stages(), nn.Conv2d(4, 4, 1), Sum(), heads)
-
-
-class DeepLabv3Plus_decode:
-    @points(3)
-    def logits(deeplabv3plus):
-        """Encoder, context of res5, decoder."""
-        return small_network(deeplabv3plus).decode(torch.randn(2, 3, 64, 96))[0]
-
-    @points(3)
-    def training(deeplabv3plus):
-        """While training, one auxiliary head's logits, of res4."""
-        return small_network(deeplabv3plus).decode(torch.randn(2, 3, 64, 96))[1]
+    def parameters(deeplabv3plus, part, **options):
+        decoder = DeepLabv3PlusDecoder___init__.decoder(deeplabv3plus, **options)
+        return {name: p.shape for name, p in getattr(decoder, part).named_parameters()}
 
     @points(2)
-    def evaluation(deeplabv3plus):
-        """In evaluation, no auxiliary logits: an empty list."""
-        return small_network(deeplabv3plus).eval().decode(torch.randn(1, 3, 64, 96))[1]
+    def reduce(deeplabv3plus):
+        """A 1x1 convolution with norm and ReLU, from res2 to the reduced channels."""
+        return DeepLabv3PlusDecoder___init__.parameters(deeplabv3plus, "reduce")
 
-    CONTEXT = 'self.context(features["res5"])'
+    @points(3)
+    def refine(deeplabv3plus):
+        """Two 3x3, separable or plain, as one nn.Sequential."""
+        return {f"separable={value}": DeepLabv3PlusDecoder___init__.parameters(
+            deeplabv3plus, "refine", separable=value) for value in (True, False)}
+
+    @points(2)
+    def classify(deeplabv3plus):
+        """Dropout of whole channels, then a 1x1 with bias (note N4)."""
+        decoder = DeepLabv3PlusDecoder___init__.decoder(deeplabv3plus, dropout=0.2)
+        dropout, classifier = decoder.classify
+        return (type(dropout).__name__, dropout.p, type(classifier).__name__,
+                [p.shape for p in classifier.parameters()])
+
+    @points(1)
+    def strides(deeplabv3plus):
+        """`stride`, that of res2, and `factor`, from the context to there."""
+        decoders = [DeepLabv3PlusDecoder___init__.decoder(
+            deeplabv3plus, output_stride=stride) for stride in (8, 16)]
+        return [(decoder.stride, decoder.factor) for decoder in decoders]
+
     mistakes = [
-        Mistake("auxiliary logits in evaluation, too: they serve training only",
-                {" if self.training]": "]"}, loses="evaluation"),
-        Mistake("no auxiliary logits while training",
-                {"if self.training]": "if False]"}, loses="training"),
-        Mistake("the auxiliary head reads res5: it is on res4 (note N5)",
-                {'head(features["res4"])': 'head(features["res5"])'},
-                loses="training"),
-        Mistake("the context module is left out: the decoder reads its result",
-                {CONTEXT: 'features["res5"]'}, loses="logits"),
-        Mistake("the context module reads res4: it reads res5, the deepest",
-                {CONTEXT: 'self.context(features["res4"])'}, loses="logits"),
+        Mistake("the first 3x3 reads the context alone: the reduced channels stand "
+                "beside it",
+                {"convolution(in_channels + reduced, channels)":
+                 "convolution(in_channels, channels)"}, loses="refine"),
+        Mistake("the low-level features are not reduced before: the 3x3 reads the few "
+                "channels that `reduce` leaves (Sec. 4.1)",
+                {"convolution(in_channels + reduced, channels)":
+                 "convolution(in_channels + low_channels, channels)"}, loses="refine"),
+        Mistake("the low-level features go through a 3x3: a 1x1 reduces them",
+                {"conv_bn_relu(low_channels, reduced, 1)":
+                 "conv_bn_relu(low_channels, reduced)"}, loses="reduce"),
+        Mistake("one 3x3 convolution instead of two (Sec. 4.1)",
+                {"*convolution(in_channels + reduced, channels),\n"
+                 "                                    *convolution(channels, channels)":
+                 "*convolution(in_channels + reduced, channels)"}, loses="refine"),
+        Mistake("single numbers are dropped: Dropout2d drops whole channels",
+                {"nn.Dropout2d(dropout)": "nn.Dropout(dropout)"}, loses="classify"),
+        Mistake("the context is enlarged by the whole output stride: up to res2 only",
+                {"output_stride // self.stride": "output_stride"}, loses="strides"),
     ]
 
 
-class DeepLabv3Plus_to_pixels:
-    @points(2)
-    def whole(deeplabv3plus):
-        """The last x4, cut to the image's size."""
-        network = small_network(deeplabv3plus)
-        return network.to_pixels(torch.randn(2, 3, 9, 13), (34, 49))
+class start_as_mmsegmentation:
+    def scale(deeplabv3plus, *convolution, **options):
+        """Standard deviation of drawn weights over sqrt(2 / (outputs * 9)), rounded."""
+        conv = nn.Conv2d(*convolution, 3, **options)
+        deeplabv3plus.start_as_mmsegmentation(nn.Sequential(nn.Sequential(conv)))
+        outputs = conv.out_channels
+        return round((conv.weight.std() / (2 / (9 * outputs))**0.5).item(), 1)
 
-    @points(2)
-    def rows(deeplabv3plus):
-        """rows = (7, 20): these rows alone."""
-        network = small_network(deeplabv3plus)
-        return network.to_pixels(torch.randn(2, 3, 9, 13), (34, 49), (7, 20))
+    @points(3)
+    def deviation(deeplabv3plus):
+        """Variance 2 / fan_out; 1 means that it is."""
+        return start_as_mmsegmentation.scale(deeplabv3plus, 40, 120, bias=False)
 
     @points(1)
-    def coarse(deeplabv3plus):
-        """A decoder of stride 16: by 16."""
-        network = small_network(deeplabv3plus)
-        network.decoder.stride = 16
-        return network.to_pixels(torch.randn(1, 3, 3, 4), (40, 60))
+    def depthwise(deeplabv3plus):
+        """fan_out of a depthwise convolution: output channels * kernel area, too."""
+        return start_as_mmsegmentation.scale(deeplabv3plus, 900, 900, groups=900,
+                                             bias=False)
 
-    UPSAMPLE = "upsample(logits, self.decoder.stride, size, rows)"
+    @points(1)
+    def bell(deeplabv3plus):
+        """A normal distribution: 4.6 % of the weights beyond two deviations."""
+        conv = nn.Conv2d(40, 120, 3, bias=False)
+        deeplabv3plus.start_as_mmsegmentation(conv)
+        return round(100 * (conv.weight.abs() > 2 * conv.weight.std()).float().mean(
+            ).item() / 4.6)
+
+    @points(2)
+    def with_bias(deeplabv3plus):
+        """A convolution with a bias keeps its weights."""
+        conv = nn.Conv2d(4, 5, 3)
+        before = conv.weight.clone()
+        deeplabv3plus.start_as_mmsegmentation(nn.Sequential(conv))
+        return conv.weight - before
+
+    DRAW = """nn.init.kaiming_normal_(conv.weight, mode="fan_out",
+                                        nonlinearity="relu")"""
     mistakes = [
-        Mistake("`rows` is not looked at: all rows are given",
-                {UPSAMPLE: "upsample(logits, self.decoder.stride, size)"},
-                loses="rows"),
-        Mistake("by 4 whatever the decoder is: its stride says by how much",
-                {UPSAMPLE: "upsample(logits, 4, size, rows)"}, loses="coarse"),
-        Mistake("what reaches beyond the image is not cut off",
-                {UPSAMPLE: "upsample(logits, self.decoder.stride)"
-                           "[:, :, slice(*rows or (None,))]"},
-                loses="whole rows coarse"),
-        Mistake("squeezed into the image's size: enlarge by the whole stride, then cut "
-                "(note N8)",
-                {UPSAMPLE: "nn.functional.interpolate(logits, size, mode='bilinear')"
-                           "[:, :, slice(*rows or (None,))]"},
-                loses="whole rows coarse"),
+        Mistake("fan_in instead of fan_out",
+                {'mode="fan_out"': 'mode="fan_in"'}, loses="deviation depthwise"),
+        Mistake("variance 1 / fan_out: the ReLU halves the power, hence the 2",
+                {'nonlinearity="relu"': 'nonlinearity="linear"'},
+                loses="deviation depthwise"),
+        Mistake("drawn from a uniform distribution: the normal one has no border",
+                {"kaiming_normal_": "kaiming_uniform_"}, loses="bell"),
+        Mistake("convolutions with a bias are drawn, too: those have no batch norm",
+                {" and conv.bias is None": ""}, loses="with_bias"),
+        Mistake("only direct children are drawn: a part's layers lie deeper, in "
+                "modules()",
+                {"part.modules()": "part.children()"},
+                loses="deviation depthwise bell"),
     ]

@@ -254,6 +254,5 @@ class HolisticallyGuidedDecoder_forward:
         Mistake("f^8 is without G: classes come from f~8, edges from G (note N6)",
                 {PAIR: '[step["assembled"], step["assembled"]]'}, loses="logits"),
         Mistake("the logits alone are returned: the result is (logits, [])",
-                {"self.classify(self.conv_up(f8)), []": "self.classify(self.conv_up(f8))"
-                 }, loses="logits no_aux"),
+                {"self.conv_up(f8)), []": "self.conv_up(f8))"}, loses="logits no_aux"),
     ]
