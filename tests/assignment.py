@@ -24,6 +24,7 @@ import shutil
 import sys
 import textwrap
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
@@ -79,6 +80,7 @@ def functions(parent: ast.AST, path=""):
             yield f"{path}{node.name}", node
 
 
+@cache
 def find_tasks() -> list[Task]:
     """All tasks of all modules, in the order in which they are read."""
     tasks = []

@@ -89,9 +89,13 @@ def graft(task: Task, original: str, text: str, file: str) -> ModuleType:
         home.body[at:at] = [part for node in source.body
                             for part in additions(node, known)]
     home.body[home.body.index(old)] = function
+    return run_module(task, compile(tree, file, "exec"))
+
+
+def run_module(task: Task, code) -> ModuleType:
     module = ModuleType(task.module)
-    module.__file__ = file
-    exec(compile(tree, file, "exec"), module.__dict__)
+    module.__file__ = code.co_filename
+    exec(code, module.__dict__)
     return module
 
 
@@ -115,16 +119,24 @@ def additions(node: ast.stmt, known: set[str]) -> list[ast.stmt]:
     return [node] if names and not names & known else []
 
 
-def planted(task: Task, mistake: Mistake) -> str:
-    """The text of the original module with a mistake in the task's function."""
+@cache
+def three_parts(task: Task) -> tuple[str, str, str]:
+    """The text of a module: before a task's function, the function, and after it."""
     text = read(task.module)
     node = member(ast.parse(text), task.path)
     lines = text.splitlines(keepends=True)
-    function = "".join(lines[node.lineno - 1:node.end_lineno])
+    return ("".join(lines[:node.lineno - 1]),
+            "".join(lines[node.lineno - 1:node.end_lineno]),
+            "".join(lines[node.end_lineno:]))
+
+
+def planted(task: Task, mistake: Mistake) -> str:
+    """The text of the original module with a mistake in the task's function."""
+    before, function, after = three_parts(task)
     for old, new in mistake.edits.items():
         assert function.count(old) == 1, f"{task}: {old!r} is not there, or twice"
         function = function.replace(old, new)
-    return "".join([*lines[:node.lineno - 1], function, *lines[node.end_lineno:]])
+    return before + function + after
 
 
 def mistakes_of(task: Task) -> list[Mistake]:
@@ -170,13 +182,22 @@ def raised(error: BaseException, file: str) -> dict[str, str]:
 
 
 @cache
-def known_answers(task: Task, seed: int) -> dict[str, dict]:
-    """{"": what the original gives, claim by claim; sentence: what the mistake does}"""
-    text, file = read(task.module), str(ROOT / f"{task.module}.py")
-    texts = {"": text} | {mistake.says: planted(task, mistake)
-                          for mistake in mistakes_of(task)}
-    return {says: dict(answers(task, graft(task, text, other, file), seed))
-            for says, other in texts.items()}
+def right_answers(task: Task, seed: int) -> dict[str, object]:
+    """What the original gives, claim by claim."""
+    return answers_of_text(task, read(task.module), seed)
+
+
+@cache
+def wrong_answers(task: Task, seed: int) -> dict[str, dict]:
+    """{sentence: what the original gives with that mistake planted, claim by claim}"""
+    return {mistake.says: answers_of_text(task, planted(task, mistake), seed)
+            for mistake in mistakes_of(task)}
+
+
+def answers_of_text(task: Task, text: str, seed: int) -> dict[str, object]:
+    """The same of a text of our own, in this process."""
+    file = str(ROOT / f"{task.module}.py")
+    return dict(answers(task, run_module(task, compile(text, file, "exec")), seed))
 
 
 # --- The student's process -----------------------------------------------------------
@@ -320,44 +341,54 @@ def tensor_difference(got: Tensor, wanted: Tensor, where: str) -> str:
             f"of {wanted[first].item():.5g}")
 
 
-def judge(task: Task, found: dict, seed: int) -> dict[str, tuple[int, str]]:
-    """{claim: (points earned, "" or what is wrong)}"""
-    known = known_answers(task, seed)
-    like = {says: {name for name in found if not difference(found[name], given[name])}
-            for says, given in known.items()}
-    verdict = {}
-    for name, claim in claims_of(task).items():
-        if name in like[""]:
-            verdict[name] = claim.points, ""
-            continue
+def judge(task: Task, found: dict, seed: int) -> dict[str, str]:
+    """{claim: what is wrong with what was found, "" if nothing}"""
+    right = right_answers(task, seed)
+    verdict = {name: difference(value, right[name]) for name, value in found.items()}
+    failed = [name for name in verdict if verdict[name]]
+    if not failed or all(is_unwritten(found[name]) for name in failed):
+        return verdict | dict.fromkeys(failed, "not written yet")
+    wrong = wrong_answers(task, seed)
+    like = {says: [name for name in found if not difference(found[name], given[name])]
+            for says, given in wrong.items()}
+    for name in failed:
         # The mistake that also explains most of what the other claims gave.
-        fits = [says for says in known if says and name in like[says]]
+        fits = [says for says in wrong if name in like[says]]
         says = max(fits, key=lambda says: len(like[says]), default="")
-        verdict[name] = 0, says or describe(found[name], known[""][name], task)
+        verdict[name] = says or describe(found[name], verdict[name], task)
     return verdict
 
 
-def describe(got, wanted, task: Task) -> str:
+def is_unwritten(value) -> bool:
+    return (isinstance(value, dict) and value.get("raised") == "NotImplementedError"
+            and value["said"].startswith("task "))
+
+
+def describe(got, difference: str, task: Task) -> str:
     """What is wrong where no usual mistake is."""
     if not isinstance(got, dict) or "raised" not in got:
-        return difference(got, wanted)
-    if got["said"].startswith("task "):
+        return difference
+    if is_unwritten(got):
         return "not written yet"
     line = f" ({task.module}.py, line {got['line']})" if got["line"] else ""
     return f"{got['raised']}: {got['said']}{line}".removeprefix(": ")
 
 
 def grade(folder: Path, tasks: list[Task], *, seed=0, limit=LIMIT) -> list[dict]:
-    """A dict per task: its name, score, max_score, and what is to be said of it."""
+    """A dict per task, as Gradescope wants it."""
     results = []
     for task in tasks:
+        claims = claims_of(task)
         verdict = judge(task, ask(task, folder, seed, limit), seed)
+        score = 0
         lines = []
-        for name, claim in claims_of(task).items():
-            earned, wrong = verdict[name]
-            line = f"{name} {earned}/{claim.points}"
-            lines.append(f"{line}: {wrong}" if wrong else line)
-        score = sum(earned for earned, _ in verdict.values())
+        for name, wrong in verdict.items():
+            earned = 0 if wrong else claims[name].points
+            score += earned
+            lines.append(f"{name} {earned}/{claims[name].points}"
+                         + (f": {wrong}" if wrong else ""))
+        if score == 0 and len(set(verdict.values())) == 1:
+            lines = list(set(verdict.values()))  # the same everywhere: once is enough
         results.append({"name": f"{task} ({task.section})", "score": score,
                         "max_score": task.points, "output": "\n".join(lines),
                         "status": "passed" if score == task.points else "failed"})
@@ -369,6 +400,7 @@ def main(folder: str, names: list[str], seed: int, report: str | None) -> int:
     start = time.monotonic()
     if not Path(folder).is_dir():
         sys.exit(f"--grade={folder}: no such folder")
+    FORKS.set_forkserver_preload(["grading", "common"])  # torch is imported only once
     results = grade(Path(folder).resolve(), choose(names) if names else find_tasks(),
                     seed=seed)
     for result in results:
