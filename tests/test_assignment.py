@@ -1,6 +1,7 @@
 """The course: hand-outs without solutions, and a grader that knows usual mistakes."""
 import json
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -8,7 +9,9 @@ import textwrap
 import pytest
 
 import assignment
+import evaluate
 import grading
+import train
 from assignment import TESTS, choose, claims_of, find_tasks, member, read
 from conftest import ROOT, run
 
@@ -243,4 +246,24 @@ def test_every_question_has_an_answer_that_stays_behind(path, student):
     if path.stem == "nrd":
         tasks = (student / "TASKS.md").read_text()
         assert all(f"### {question}" in tasks for question in questions)
-        assert "Measured" not in tasks and "Expected" not in tasks
+        assert not re.search(r"Measured here|Not measured here|Expected:", tasks)
+
+
+@pytest.mark.parametrize("path", QUESTIONS, ids=lambda path: path.stem)
+def test_commands_of_the_questions_are_understood(path):
+    """Each is accepted by its program; what is scored or explained has been trained."""
+    blocks = re.findall(r"```sh\n(.*?)```", path.read_text(), re.S)
+    assert len(blocks) >= 5
+    for block in blocks:
+        trained = set()
+        for command in block.splitlines():
+            program, *words = shlex.split(command)[1:]
+            if program == "train.py":
+                args = train.parse(words)
+                train.make_recipe(args)
+                train.parse_options(args.method, args.set)
+                trained.add(str(args.out))
+            else:
+                assert program == "evaluate.py"
+                args = evaluate.parse(words)
+                assert words[0] == "cost" or words[1] in trained, command
