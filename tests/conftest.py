@@ -47,7 +47,11 @@ def pytest_addoption(parser):
 
 def pytest_cmdline_main(config):
     if config.getoption("--grade"):
-        import grading  # only a teacher's copy has it
+        try:
+            import grading
+        except ImportError:  # pytest takes a FOLDER behind a blank for one of tests
+            raise pytest.UsageError("write --grade=FOLDER, with '=', and in the "
+                                    "library, not in a hand-out") from None
         return grading.main(*map(config.getoption, ("--grade", "--tasks", "--seed",
                                                     "--report")))
 
