@@ -324,6 +324,8 @@ def in_short(value) -> str:
         return f"a tensor of shape {tuple(value.shape)}"
     if is_long(value):
         return f"a list of {len(value)}"
+    if isinstance(value, dict):
+        return f"a dict of {', '.join(value)}"
     return repr(value)
 
 

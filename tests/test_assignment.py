@@ -1,4 +1,6 @@
 """The course: hand-outs without solutions, and a grader that knows usual mistakes."""
+import importlib
+import inspect
 import json
 import re
 import shlex
@@ -82,6 +84,38 @@ def test_each_planted_mistake_costs_exactly_its_points_and_is_named(task, seed):
         verdict = grading.judge(task, found, seed)
         failed = {name: wrong for name, wrong in verdict.items() if wrong}
         assert failed == dict.fromkeys(mistake.loses.split(), mistake.says)
+
+
+# Functions of tests, each in the place of a solution: file, functions, what to return.
+TWINS = {
+    "nrd.represent": ("test_nrd", "represent_slowly layers_of_one_cell g",
+                      "theta, inputs, *, widths", "theta, inputs, widths"),
+    "sfnet.warp": ("test_sfnet", "warp_slowly", "coarse, flow", "coarse, flow"),
+    "deeplabv3plus.atrous_convolution": (
+        "test_deeplabv3plus", "atrous_slowly", "x, weight, *, rate", "x, weight, rate"),
+    "dupsampling.decompress": ("test_dupsampling", "decompress_slowly",
+                               "x, W, *, ratio", "x, W, ratio"),
+    "efficientfcn.codebook": ("test_efficientfcn", "codebook_slowly",
+                              "weighting, base", "weighting, base"),
+    "efficientfcn.assemble": ("test_efficientfcn", "assemble_slowly",
+                              "weights, codewords", "weights, codewords"),
+}
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_a_literal_twin_is_a_solution(name):
+    """Loops that were written from the paper get every point: a claim asks for what
+    the paper says, and not for how the library does it.
+    """
+    (task,) = choose([name])
+    file, functions, parameters, arguments = TWINS[name]
+    sources = [inspect.getsource(getattr(importlib.import_module(file), function))
+               for function in functions.split()]
+    text = "\n".join(["import math", *sources, f"def {task.path}({parameters}):",
+                      f"    return {functions.split()[0]}({arguments})"])
+    module = grading.graft(task, read(task.module), text, "a student's file")
+    verdict = grading.judge(task, dict(grading.answers(task, module, 0)), 0)
+    assert not any(verdict.values()), verdict
 
 
 # --- The hand-out --------------------------------------------------------------------
