@@ -244,9 +244,9 @@ def sheet(tasks: list[Task]) -> str:
     rows = [f"| `{task}` | {task.section} | {', '.join(task.needs)} | {task.minutes} "
             f"| {task.points} |" for task in tasks]
     parts = ["# Tasks", "", "Each is a function whose body is missing: open its file, "
-             "search for `Task`, and replace the\n`raise`. Only these functions are "
-             "graded, together with functions that you add to the\nsame file. "
-             "Changes anywhere else do not count.", "",
+             "search for `Task`, and\nreplace the `raise`. Only these functions are "
+             "graded, together with functions,\nconstants and imports that you add to "
+             "the same file. Changes anywhere else do not\ncount.", "",
              "| task | in the paper | easier after | minutes | points |",
              "|---|---|---|---|---|", *rows]
     for module in dict.fromkeys(task.module for task in tasks):

@@ -176,7 +176,7 @@ def raised(error: BaseException, file: str) -> dict[str, str]:
     """An error as a claim's result; the line is the last one in the student's file."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
              if frame.filename == file]
-    said = (str(error).splitlines() or [""])[0]
+    said = (str(getattr(error, "msg", error)).splitlines() or [""])[0]
     line = str(getattr(error, "lineno", None) or (lines or [""])[-1])
     return {"raised": type(error).__name__, "said": said[:300], "line": line}
 
@@ -241,6 +241,7 @@ def attempt(task: Task, text: str, file: str, seed: int, pipe) -> None:
     importlib.import_module(task.module)  # and with it all that it imports
     claims_of(task)
     lock_up()
+    pipe.send_bytes(b"ready")
     try:
         module = graft(task, original, text, file)
         sys.modules[task.module] = module  # whoever imports it gets the student's
@@ -266,6 +267,8 @@ def ask(task: Task, folder: Path, seed: int, limit: float) -> dict[str, object]:
                             args=(task, text, str(file), seed, sender))
     process.start()
     sender.close()
+    if receiver.poll(60):
+        receiver.recv_bytes()  # our modules are loaded: the student's time begins
     deadline = time.monotonic() + limit
     found = {}
     why = ""
@@ -304,7 +307,8 @@ def difference(got, wanted, where="") -> str:
     if isinstance(got, dict) and isinstance(wanted, dict):
         if got.keys() == wanted.keys():
             pairs = [(got[key], wanted[key], f"{where}{key}: ") for key in wanted]
-    elif is_long(got) and is_long(wanted) and len(got) == len(wanted):
+    elif isinstance(got, list) and isinstance(wanted, list) and (
+            len(got) == len(wanted) and (is_long(got) or is_long(wanted))):
         pairs = [(a, b, f"{where}number {i}: ")
                  for i, (a, b) in enumerate(zip(got, wanted), start=1)]
     if pairs:
