@@ -75,6 +75,7 @@ def separable_conv(in_channels: int, out_channels: int, *, dilation=1) -> nn.Seq
     return nn.Sequential(*depthwise, *conv_bn_relu(in_channels, out_channels, 1))
 
 
+# task: minutes=20 points=6 section='arXiv:1903.02120, Eq. (1)'
 def upsample(x: Tensor, factor: int, size: tuple[int, int] | None = None,
              rows: tuple[int, int] | None = None) -> Tensor:
     """Bilinear upsampling by a whole `factor`, then a cut to `size` = (H, W) if given.
@@ -125,6 +126,7 @@ def repeat_border(x: Tensor, rows: int, columns: int) -> Tensor:
     return x
 
 
+# task: minutes=15 points=5 section='arXiv:1903.02120, Sec. 3.1'
 def one_hot(labels: Tensor, num_classes: int) -> Tensor:
     """Class ids (B, H, W) to {0, 1} in float32, (B, K, H, W); ignored pixels are 0."""
     B, H, W = labels.shape
@@ -172,6 +174,7 @@ def replace_stem(net: nn.Module, widths: tuple[int, ...]) -> None:
         net.layer1 = net._make_layer(type(net.layer1[0]), 64, len(net.layer1))
 
 
+# task: minutes=25 points=8 section='arXiv:1802.02611, Sec. 3.1'
 def dilate_stage(stage: nn.Sequential, dilation: int) -> None:
     """Trade a stage's stride 2 for `dilation`, so that its output keeps its resolution.
 
@@ -383,6 +386,7 @@ class ASPP(nn.Module):
         views = len(self.branches) + image_level
         self.project = conv_bn_relu(channels * views, channels, projection)
 
+    # task: minutes=15 points=5 section='arXiv:1706.05587, Sec. 3.3'
     def forward(self, x: Tensor) -> Tensor:
         views = []
         if self.pool:
@@ -423,6 +427,7 @@ def pixel_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return loss, labels != IGNORE_INDEX
 
 
+# task: minutes=15 points=6 section='arXiv:1903.02120, Eq. (1)'
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy over valid pixels; exactly 0 with zero gradient if none is.
 
@@ -433,6 +438,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return loss.sum() / valid.sum().clamp(min=1)
 
 
+# task: minutes=40 points=10 section='arXiv:2002.10120, Sec. 3.3'
 def ohem_cross_entropy(logits: Tensor, labels: Tensor, *, share: float,
                        threshold=0.0) -> Tensor:
     """Online hard example mining: the mean over the pixels that are still hard.
@@ -490,6 +496,7 @@ class ConfusionMatrix:
         self.num_classes, self.images = num_classes, 0
         self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
 
+    # task: minutes=25 points=8 section='arXiv:1411.4038, Sec. 5'
     def update(self, labels: Tensor, predictions: Tensor) -> None:
         """Add one image: two integer maps of equal shape (H, W)."""
         K = self.num_classes
@@ -501,6 +508,7 @@ class ConfusionMatrix:
         self.counts += torch.bincount(truth * K + guess, minlength=K * K).reshape(K, K)
         self.images += 1
 
+    # task: minutes=10 points=6 section='arXiv:1411.4038, Sec. 5'
     def iou(self) -> Tensor:
         """IoU per class, (K,) float64, NaN where the class never occurs."""
         hits = self.counts.diag().double()

@@ -210,6 +210,7 @@ RECIPES = {  # [N9]
 # --- 2. Equations --------------------------------------------------------------------
 
 
+# task: minutes=15 points=8
 def atrous_convolution(x: Tensor, weight: Tensor, *, rate: int) -> Tensor:
     """Eq. (1): y_i = sum_k x_(i + rate * k) w_k, a kernel with holes.
 
@@ -221,6 +222,7 @@ def atrous_convolution(x: Tensor, weight: Tensor, *, rate: int) -> Tensor:
     return F.conv2d(x, weight, padding=rate, dilation=rate)
 
 
+# task: minutes=10 points=4 section='Sec. 3.1'
 def atrous_rates(output_stride: int) -> tuple[int, ...]:
     """Rates of ASPP that see the same stretch of the image at any stride.  [N2]"""
     return tuple(rate * 32 // output_stride for rate in (3, 6, 9))
@@ -229,6 +231,7 @@ def atrous_rates(output_stride: int) -> tuple[int, ...]:
 # --- 3. Layers -----------------------------------------------------------------------
 
 
+# task: minutes=20 points=7 section='note N7'
 def start_as_mmsegmentation(*parts: nn.Module) -> None:
     """Draw the convolutions with a batch norm as mmsegmentation does.  [N7]
 
@@ -270,6 +273,7 @@ class DeepLabv3PlusDecoder(nn.Module):
     the size of each convolution that refines both: (3, 3), [3x3, 256] twice.
     """
 
+    # task: minutes=25 points=8 section='Sec. 4.1'
     def __init__(self, in_channels: int, low_channels: int, num_classes: int, *,
                  channels=256, reduced=48, kernels=(3, 3), separable=True,
                  output_stride=32, dropout=0.1):
@@ -281,6 +285,7 @@ class DeepLabv3PlusDecoder(nn.Module):
         self.classify = nn.Sequential(nn.Dropout2d(dropout),  # [N4]
                                       nn.Conv2d(channels, num_classes, 1))
 
+    # task: minutes=25 points=10 section='Sec. 3.1' hides=deeplabv3plus.explain
     def forward(self, context: Tensor, features: dict[str, Tensor]) -> Tensor:
         B, D, h, w = context.shape
         low = self.reduce(features["res2"])  # (B, L, q, r)

@@ -267,6 +267,7 @@ RECIPES = {
 # --- 2. Equations --------------------------------------------------------------------
 
 
+# task: minutes=20 points=6 section='Sec. 3.1'
 def windows(labels: Tensor, r: int) -> Tensor:
     """Cut labels (H, W) into r x r windows, (M, r*r); the border is padded with 255."""
     H, W = labels.shape
@@ -294,6 +295,7 @@ def one_hot_rows(patches: Tensor, num_classes: int) -> Tensor:
                                    (M, num_classes * points), check_invariants=False)
 
 
+# task: minutes=60 points=14 needs=dupsampling.windows
 def principal_components(label_maps, num_classes: int, *, ratio: int, components: int,
                          passes=4, progress=lambda *_: None):
     """W (N, E) and the mean (N,) of Eq. (3), and the share of variance that is lost.
@@ -364,6 +366,7 @@ def vectors(label_maps, num_classes: int, *, ratio: int, chunk=4096):
         yield done, v, weight
 
 
+# task: minutes=30 points=8
 def compress(labels: Tensor, W: Tensor, mean: Tensor, *, num_classes: int,
              ratio: int) -> Tensor:
     """Eq. (2): x = P v, labels (B, H, W) -> Y~ (B, E, h, w), with P = W^T.
@@ -381,6 +384,7 @@ def compress(labels: Tensor, W: Tensor, mean: Tensor, *, num_classes: int,
     return x
 
 
+# task: minutes=20 points=6
 def decompress(x: Tensor, W: Tensor, *, ratio: int) -> Tensor:
     """Eq. (2): v~ = W x at every location, windows side by side: (B, K, h*r, w*r).
 
@@ -394,6 +398,7 @@ def decompress(x: Tensor, W: Tensor, *, ratio: int) -> Tensor:
     return drawn
 
 
+# task: minutes=20 points=6
 def downsample(x: Tensor, factor: int, size: tuple[int, int]) -> Tensor:
     """Bilinear downsampling by a whole `factor` to `size` = (h, w), for Eq. (8).
 
@@ -425,6 +430,7 @@ class Temperature(nn.Module):
         super().__init__()
         self.log_T = nn.Parameter(torch.zeros(()))
 
+    # task: minutes=10 points=4 section='Eq. (6)'
     def forward(self, z: Tensor) -> Tensor:
         return z / self.log_T.exp()
 

@@ -245,6 +245,7 @@ RECIPES = {  # of training [N12]; how the networks are tested is in [N13]
 # tests/test_efficientfcn.py.
 
 
+# task: minutes=30 points=8 section='Sec. 3.2'
 def to_grid(x: Tensor, factor: float, size: tuple[int, int]) -> Tensor:
     """Bilinear resizing by 1/4 .. 4 that leaves every position where it is.  [N7]
 
@@ -292,6 +293,7 @@ def fuse(maps: dict[str, Tensor], stride: int, size: tuple[int, int], *,
     return torch.cat(resized, dim=1)
 
 
+# task: minutes=10 points=5
 def spatial_softmax(maps: Tensor) -> Tensor:
     """Eq. (1): A~_i(x, y) = exp A_i(x, y) / sum_pq exp A_i(p, q), for (B, n, h, w).
 
@@ -302,6 +304,7 @@ def spatial_softmax(maps: Tensor) -> Tensor:
     return maps.flatten(2).softmax(dim=2).reshape(maps.shape)
 
 
+# task: minutes=15 points=6
 def codebook(weighting: Tensor, base: Tensor) -> Tensor:
     """Eq. (2): c_i = sum_pq A~_i(p, q) B(p, q), all n codewords in one product.
 
@@ -315,6 +318,7 @@ def codebook(weighting: Tensor, base: Tensor) -> Tensor:
     return places @ shares
 
 
+# task: minutes=15 points=6 needs=efficientfcn.codebook
 def assemble(weights: Tensor, codewords: Tensor) -> Tensor:
     """Eq. (3): f~8 = W^T C, at each place its own mixture of the same codewords.
 
@@ -392,6 +396,7 @@ class HolisticallyGuidedDecoder(nn.Module):
             self.conv_up = nn.Identity()
             self.classify = classifier(2 * D, num_classes)
 
+    # task: minutes=45 points=12 needs=efficientfcn.assemble
     def steps(self, context: Tensor, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """From the encoder's maps to f~8: every tensor that Sec. 3.2 names."""
         B, _, h, w = context.shape
@@ -423,6 +428,7 @@ class HolisticallyGuidedDecoder(nn.Module):
         return {"m32": m32, "m8": m8, "base": base, "maps": maps, "guidance": G,
                 "weights": weights, "codewords": codewords, "assembled": assembled}
 
+    # task: minutes=10 points=4 section='Sec. 3.2'
     def forward(self, context: Tensor, features: dict[str, Tensor]):
         """Logits (B, K, q, r), and no maps for auxiliary heads."""
         step = self.steps(context, features)

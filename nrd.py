@@ -265,6 +265,7 @@ RECIPES = {  # [N12]
 # --- 2. Equations --------------------------------------------------------------------
 
 
+# task: minutes=10 points=4
 def coordinate_map(s: int) -> Tensor:
     """Q of Sec. 2.2: x and y of the s x s points of a cell, (2, s, s).  [N3]"""
     steps = torch.arange(s) / s  # 0, 1/s, .., (s-1)/s
@@ -281,6 +282,7 @@ def standardised(q: Tensor) -> Tensor:
     return (q - q.mean()) / q.std(correction=0).clamp(min=1e-6)
 
 
+# task: minutes=10 points=4
 def theta_length(widths: tuple[int, ...]) -> int:
     """P: all weights and biases of a chain of 1x1 convolutions with these widths.
 
@@ -290,6 +292,7 @@ def theta_length(widths: tuple[int, ...]) -> int:
                for fan_in, fan_out in zip(widths, widths[1:]))
 
 
+# task: minutes=20 points=8 section='Sec. 2.2'
 def split_theta(theta: Tensor, widths: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
     """theta (N, P) -> per layer a weight (N, out, in) and a bias (N, out, 1).  [N4]
 
@@ -306,6 +309,7 @@ def split_theta(theta: Tensor, widths: tuple[int, ...]) -> list[tuple[Tensor, Te
     return layers
 
 
+# task: minutes=20 points=6 section='Fig. 3 (b)'
 def to_cells(x: Tensor, s: int) -> Tensor:
     """Cut a map into its cells: (B, I, s*h, s*w) -> (N, I, s*s)."""
     B, I, rows, columns = x.shape
@@ -316,6 +320,7 @@ def to_cells(x: Tensor, s: int) -> Tensor:
     return x.reshape(B * h * w, I, s * s)
 
 
+# task: minutes=15 points=4 needs=nrd.to_cells section='Fig. 3 (b)'
 def from_cells(x: Tensor, B: int, h: int, w: int) -> Tensor:
     """Put the cells back side by side: (N, K, s*s) -> (B, K, s*h, s*w)."""
     N, K, points = x.shape
@@ -325,6 +330,7 @@ def from_cells(x: Tensor, B: int, h: int, w: int) -> Tensor:
     return x.reshape(B, K, h * s, w * s)
 
 
+# task: minutes=40 points=12 needs=nrd.split_theta,nrd.from_cells
 def represent(theta: Tensor, inputs: Tensor, *, widths: tuple[int, ...]) -> Tensor:
     """g_theta of every cell on that cell's own points, Fig. 3 (b).
 
@@ -468,6 +474,7 @@ class NRDDecoder(nn.Module):
         x = torch.cat(maps, dim=1)  # (B, I, s*h, s*w)
         return self.norm(x)
 
+    # task: minutes=25 points=7 needs=nrd.represent section='Sec. 2.2, m'
     def fit(self, m: Tensor, h: int, w: int) -> Tensor:
         """Line the guidance map up with the cells: (B, M, q, r) -> (B, M, s*h, s*w).
 

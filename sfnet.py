@@ -314,6 +314,7 @@ RECIPES = {  # [N14]; the scales of testing are no part of it  [N16]
 # --- 2. Equations --------------------------------------------------------------------
 
 
+# task: minutes=15 points=5 section='Sec. 3.1'
 def enlarge(x: Tensor, size: tuple[int, int],
             rows: tuple[int, int] | None = None) -> Tensor:
     """Bilinear enlargement that keeps the corners: position i goes to 2i.  [N3]
@@ -361,6 +362,7 @@ def in_pixels(flow: Tensor, unit: str) -> Tensor:
     return torch.stack([x, y], dim=1)
 
 
+# task: minutes=25 points=8
 def source_points(flow: Tensor, coarse_size: tuple[int, int]) -> Tensor:
     """Eq. (2): p_l = (p_(l-1) + flow(p_(l-1))) / 2, for every fine position.
 
@@ -380,6 +382,7 @@ def source_points(flow: Tensor, coarse_size: tuple[int, int]) -> Tensor:
     return torch.stack([x * (w - 1) / max(r - 1, 1), y * (h - 1) / max(q - 1, 1)], 1)
 
 
+# task: minutes=30 points=9 needs=sfnet.source_points
 def sample(coarse: Tensor, points: Tensor) -> Tensor:
     """Eq. (3): a weighted sum of the four neighbours of each p_l, the near weigh more.
 
@@ -395,6 +398,7 @@ def sample(coarse: Tensor, points: Tensor) -> Tensor:
     return F.grid_sample(coarse, grid, padding_mode="zeros", align_corners=True)
 
 
+# task: minutes=10 points=5 needs=sfnet.sample
 def warp(coarse: Tensor, flow: Tensor) -> Tensor:
     """Fig. 3 (b): coarse (B, D, h, w), flow (B, 2, q, r) -> coarse at p + flow(p).
 
@@ -404,6 +408,7 @@ def warp(coarse: Tensor, flow: Tensor) -> Tensor:
     return sample(coarse, source_points(flow, coarse.shape[-2:]))
 
 
+# task: minutes=25 points=7
 def correlation(coarse: Tensor, fine: Tensor, *, reach: int) -> Tensor:
     """FlowNet-C: how well coarse(p + o) fits fine(p), for every offset o in reach.
 
@@ -454,6 +459,7 @@ class FAM(nn.Module):
             matched = (2 * reach + 1)**2
         self.flow = nn.Conv2d(matched, 2, kernel, padding=kernel // 2, bias=False)
 
+    # task: minutes=25 points=8 needs=sfnet.warp section='Fig. 3 (a)'
     def forward(self, coarse: Tensor, fine: Tensor) -> Tensor:
         B, D, q, r = fine.shape
         fine_code = self.reduce_fine(fine)  # (B, D/2, q, r)
@@ -587,6 +593,7 @@ class AlignedFPN(nn.Module):
         self.smooth = nn.ModuleDict({stage: conv_bn_relu(D, D) for stage in stages})
         self.fuse = nn.Sequential(*conv_bn_relu(n * D, D), nn.Conv2d(D, num_classes, 1))
 
+    # task: minutes=25 points=8 needs=sfnet.FAM.forward section='Sec. 3.3'
     def top_down(self, context: Tensor, features: dict[str, Tensor]) -> list[Tensor]:
         """One sum per stage, coarse first. The next finer one builds on it as it is.
 

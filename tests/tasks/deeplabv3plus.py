@@ -1,0 +1,237 @@
+"""What is asked of the tasks in deeplabv3plus.py, and how they usually go wrong."""
+import torch
+from torch import nn
+
+from grading import Mistake, gradients, points
+
+
+def double(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+class atrous_convolution:
+    @points(2)
+    def shape(deeplabv3plus):
+        """(B, D, h, w) at any rate: the map keeps its size."""
+        x, weight = torch.randn(2, 3, 7, 9), torch.randn(4, 3, 3, 3)
+        return [deeplabv3plus.atrous_convolution(x, weight, rate=rate).shape
+                for rate in (1, 2, 6)]
+
+    @points(3)
+    def values(deeplabv3plus):
+        """Nine products, `rate` positions apart, zero outside the map."""
+        x, weight = double(2, 3, 7, 9), double(4, 3, 3, 3)
+        return {f"rate {rate}": deeplabv3plus.atrous_convolution(x, weight, rate=rate)
+                for rate in (2, 3)}
+
+    @points(3)
+    def gradients(deeplabv3plus):
+        """Of the map and of the kernel."""
+        return dict(zip(("x", "weight"), gradients(
+            lambda x, weight: deeplabv3plus.atrous_convolution(x, weight, rate=2),
+            double(2, 3, 7, 9), double(4, 3, 3, 3))))
+
+    CONVOLUTION = "F.conv2d(x, weight, padding=rate, dilation=rate)"
+    mistakes = [
+        Mistake("the kernel has no holes: dilation is what spreads its nine weights",
+                {CONVOLUTION: "F.conv2d(x, weight, padding=1)"},
+                loses="values gradients"),
+        Mistake("the map shrinks: with holes, the padding must be `rate`, too",
+                {"padding=rate": "padding=1"}, loses="shape values gradients"),
+        Mistake("`rate` is the stride: Eq. (1) skips inputs, not outputs",
+                {CONVOLUTION: "F.conv2d(x, weight, padding=1, stride=rate)"},
+                loses="shape values gradients"),
+        Mistake("the kernel is turned round: Eq. (1) has x at i + rate * k",
+                {"(x, weight,": "(x, weight.flip(2, 3),"}, loses="values gradients"),
+        Mistake("the kernel is transposed: its rows run along the map's rows",
+                {"(x, weight,": "(x, weight.mT,"}, loses="values gradients"),
+        Mistake("the border is repeated: outside the map there are zeros",
+                {CONVOLUTION: "F.conv2d(F.pad(x, (rate,) * 4, mode='replicate'), "
+                              "weight, dilation=rate)"},
+                loses="values gradients"),
+    ]
+
+
+class atrous_rates:
+    @points(2)
+    def dilated(deeplabv3plus):
+        """The paper's at output strides 16 and 8."""
+        return [deeplabv3plus.atrous_rates(stride) for stride in (16, 8)]
+
+    @points(2)
+    def undilated(deeplabv3plus):
+        """Those that see the same stretch of the image at 32."""
+        return deeplabv3plus.atrous_rates(32)
+
+    mistakes = [
+        Mistake("the rates do not depend on the stride: a finer map needs larger ones "
+                "to see as far",
+                {"rate * 32 // output_stride": "2 * rate"}, loses="dilated undilated"),
+        Mistake("the wrong way round: a finer map, of a smaller stride, needs larger "
+                "rates",
+                {"rate * 32 // output_stride": "rate * output_stride // 8"},
+                loses="dilated undilated"),
+        Mistake("twice the paper's: 6, 12, 18 belong to output stride 16, not to 32",
+                {"(3, 6, 9)": "(6, 12, 18)"}, loses="dilated undilated"),
+    ]
+
+
+class DeepLabv3PlusDecoder_forward:
+    def logits(deeplabv3plus, q, r):
+        """Logits of a small decoder at output stride 16, on a context of 3 x 4."""
+        decoder = deeplabv3plus.DeepLabv3PlusDecoder(
+            6, 5, 3, channels=8, reduced=4, output_stride=16).eval()
+        return decoder(torch.randn(2, 6, 3, 4), {"res2": torch.randn(2, 5, q, r)})
+
+    @points(2)
+    def shape(deeplabv3plus):
+        """(B, K, q, r): the grid of res2."""
+        return DeepLabv3PlusDecoder_forward.logits(deeplabv3plus, 12, 16).shape
+
+    @points(4)
+    def values(deeplabv3plus):
+        """Enlarged context beside reduced res2, refined, classified."""
+        return DeepLabv3PlusDecoder_forward.logits(deeplabv3plus, 12, 16)
+
+    @points(4)
+    def odd_sizes(deeplabv3plus):
+        """Where 4 does not divide res2's sides, what is too much is cut (note N8)."""
+        return DeepLabv3PlusDecoder_forward.logits(deeplabv3plus, 10, 13)
+
+    UP = "upsample(context, self.factor, low.shape[-2:])"
+    mistakes = [
+        Mistake("the low-level channels come first: the context does",
+                {"[up, low]": "[low, up]"}, loses="values odd_sizes"),
+        Mistake("the context is squeezed into res2's size: it is enlarged by the whole "
+                "factor and cut, or it is shifted (note N8)",
+                {UP: "nn.functional.interpolate(context, low.shape[-2:], "
+                     "mode='bilinear')"}, loses="odd_sizes"),
+        Mistake("align_corners=True: here it is False (note N8)",
+                {UP: "nn.functional.interpolate(context, low.shape[-2:], "
+                     "mode='bilinear', align_corners=True)"},
+                loses="values odd_sizes"),
+        Mistake("nearest neighbours instead of a bilinear enlargement",
+                {UP: "context.repeat_interleave(self.factor, 2).repeat_interleave("
+                     "self.factor, 3)[..., :low.shape[2], :low.shape[3]]"},
+                loses="values odd_sizes"),
+        Mistake("the decoder works on the coarse grid: res2 keeps its resolution, the "
+                "context is enlarged",
+                {"[up, low]":
+                 "[context, nn.functional.adaptive_avg_pool2d(low, (h, w))]"},
+                loses="shape values odd_sizes"),
+        Mistake("the classifier is missing: 8 channels instead of 3 classes",
+                {"self.classify(self.refine(both))": "self.refine(both)"},
+                loses="shape values odd_sizes"),
+    ]
+
+
+class DeepLabv3PlusDecoder___init__:
+    def decoder(deeplabv3plus, **options):
+        return deeplabv3plus.DeepLabv3PlusDecoder(6, 5, 3, channels=8, reduced=4,
+                                                  **options)
+
+    def parameters(deeplabv3plus, part, **options):
+        decoder = DeepLabv3PlusDecoder___init__.decoder(deeplabv3plus, **options)
+        return {name: p.shape for name, p in getattr(decoder, part).named_parameters()}
+
+    @points(2)
+    def reduce(deeplabv3plus):
+        """A 1x1 convolution with norm and ReLU, from res2 to the reduced channels."""
+        return DeepLabv3PlusDecoder___init__.parameters(deeplabv3plus, "reduce")
+
+    @points(3)
+    def refine(deeplabv3plus):
+        """Two 3x3, separable or plain, as one nn.Sequential."""
+        return {f"separable={value}": DeepLabv3PlusDecoder___init__.parameters(
+            deeplabv3plus, "refine", separable=value) for value in (True, False)}
+
+    @points(2)
+    def classify(deeplabv3plus):
+        """Dropout of whole channels, then a 1x1 with bias (note N4)."""
+        decoder = DeepLabv3PlusDecoder___init__.decoder(deeplabv3plus, dropout=0.2)
+        dropout, classifier = decoder.classify
+        return (type(dropout).__name__, dropout.p, type(classifier).__name__,
+                [p.shape for p in classifier.parameters()])
+
+    @points(1)
+    def strides(deeplabv3plus):
+        """`stride`, that of res2, and `factor`, from the context to there."""
+        decoders = [DeepLabv3PlusDecoder___init__.decoder(
+            deeplabv3plus, output_stride=stride) for stride in (8, 16)]
+        return [(decoder.stride, decoder.factor) for decoder in decoders]
+
+    mistakes = [
+        Mistake("the first 3x3 reads the context alone: the reduced channels stand "
+                "beside it",
+                {"convolution(in_channels + reduced, channels)":
+                 "convolution(in_channels, channels)"}, loses="refine"),
+        Mistake("the low-level features are not reduced before: the 3x3 reads the few "
+                "channels that `reduce` leaves (Sec. 4.1)",
+                {"convolution(in_channels + reduced, channels)":
+                 "convolution(in_channels + low_channels, channels)"}, loses="refine"),
+        Mistake("the low-level features go through a 3x3: a 1x1 reduces them",
+                {"conv_bn_relu(low_channels, reduced, 1)":
+                 "conv_bn_relu(low_channels, reduced)"}, loses="reduce"),
+        Mistake("one 3x3 convolution instead of two (Sec. 4.1)",
+                {"*convolution(in_channels + reduced, channels),\n"
+                 "                                    *convolution(channels, channels)":
+                 "*convolution(in_channels + reduced, channels)"}, loses="refine"),
+        Mistake("single numbers are dropped: Dropout2d drops whole channels",
+                {"nn.Dropout2d(dropout)": "nn.Dropout(dropout)"}, loses="classify"),
+        Mistake("the context is enlarged by the whole output stride: up to res2 only",
+                {"output_stride // self.stride": "output_stride"}, loses="strides"),
+    ]
+
+
+class start_as_mmsegmentation:
+    def scale(deeplabv3plus, *convolution, **options):
+        """Standard deviation of drawn weights over sqrt(2 / (outputs * 9)), rounded."""
+        conv = nn.Conv2d(*convolution, 3, **options)
+        deeplabv3plus.start_as_mmsegmentation(nn.Sequential(nn.Sequential(conv)))
+        outputs = conv.out_channels
+        return round((conv.weight.std() / (2 / (9 * outputs))**0.5).item(), 1)
+
+    @points(3)
+    def deviation(deeplabv3plus):
+        """Variance 2 / fan_out; 1 means that it is."""
+        return start_as_mmsegmentation.scale(deeplabv3plus, 40, 120, bias=False)
+
+    @points(1)
+    def depthwise(deeplabv3plus):
+        """fan_out of a depthwise convolution: output channels * kernel area, too."""
+        return start_as_mmsegmentation.scale(deeplabv3plus, 900, 900, groups=900,
+                                             bias=False)
+
+    @points(1)
+    def bell(deeplabv3plus):
+        """A normal distribution: 4.6 % of the weights beyond two deviations."""
+        conv = nn.Conv2d(40, 120, 3, bias=False)
+        deeplabv3plus.start_as_mmsegmentation(conv)
+        return round(100 * (conv.weight.abs() > 2 * conv.weight.std()).float().mean(
+            ).item() / 4.6)
+
+    @points(2)
+    def with_bias(deeplabv3plus):
+        """A convolution with a bias keeps its weights."""
+        conv = nn.Conv2d(4, 5, 3)
+        before = conv.weight.clone()
+        deeplabv3plus.start_as_mmsegmentation(nn.Sequential(conv))
+        return conv.weight - before
+
+    DRAW = """nn.init.kaiming_normal_(conv.weight, mode="fan_out",
+                                        nonlinearity="relu")"""
+    mistakes = [
+        Mistake("fan_in instead of fan_out",
+                {'mode="fan_out"': 'mode="fan_in"'}, loses="deviation depthwise"),
+        Mistake("variance 1 / fan_out: the ReLU halves the power, hence the 2",
+                {'nonlinearity="relu"': 'nonlinearity="linear"'},
+                loses="deviation depthwise"),
+        Mistake("drawn from a uniform distribution: the normal one has no border",
+                {"kaiming_normal_": "kaiming_uniform_"}, loses="bell"),
+        Mistake("convolutions with a bias are drawn, too: those have no batch norm",
+                {" and conv.bias is None": ""}, loses="with_bias"),
+        Mistake("only direct children are drawn: a part's layers lie deeper, in "
+                "modules()",
+                {"part.modules()": "part.children()"},
+                loses="deviation depthwise bell"),
+    ]
