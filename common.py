@@ -1096,6 +1096,8 @@ def show_errors(argv: list[str] | None = None):
         try:
             yield
         except BaseException as error:
+            if isinstance(error, NotImplementedError) and str(error).startswith("task"):
+                error = UserError(str(error))  # of an assignment, not written yet
             for each in filter(None, (error, error.__context__)):
                 traceback.clear_frames(each.__traceback__)  # loader processes end here
             named = isinstance(error, OSError) and error.filename

@@ -26,7 +26,6 @@ import train  # noqa: E402
 from common import FIELDS, FORMAT, load_checkpoint  # noqa: E402
 
 
-
 def voc_colour(label: int) -> list[int]:
     """VOC's palette by its loop: three bits of the id at a time, highest bit first."""
     colour = [0, 0, 0]
@@ -52,23 +51,6 @@ FOUR_STEPS = [*TINY, "--crop", "32", "64", "--iterations", "4", "--eval-every", 
 def pytest_addoption(parser):
     parser.addoption("--thorough", action="store_true",
                      help="all combinations, 50 kills: minutes instead of seconds")
-    grading = parser.getgroup("grading of assignments")
-    grading.addoption("--grade", metavar="FOLDER", help="instead of the tests: grade "
-                      "the tasks in a student's copy; with '=', --grade=FOLDER")
-    grading.addoption("--tasks", nargs="+", default=[], help="nrd sfnet.warp; else all")
-    grading.addoption("--seed", type=int, default=0, help="of the hidden inputs")
-    grading.addoption("--report", metavar="FILE", help="Gradescope's results.json")
-
-
-def pytest_cmdline_main(config):
-    if config.getoption("--grade"):
-        try:
-            import grading
-        except ImportError:  # pytest takes a FOLDER behind a blank for one of tests
-            raise pytest.UsageError("write --grade=FOLDER, with '=', and in the "
-                                    "library, not in a hand-out") from None
-        return grading.main(*map(config.getoption, ("--grade", "--tasks", "--seed",
-                                                    "--report")))
 
 
 def pytest_configure(config):

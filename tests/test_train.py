@@ -258,7 +258,7 @@ MISTAKES = [
     ("--accumulate 0", "--accumulate: must be at least 1"),
     ("--momentum -0.1", "--momentum: must be at least 0"),
     ("--scale 0 1", "--scale: must be above 0"),
-    ("--iterations 3000000000", "--iterations: must be at least 0 and at most 2147483648"),
+    ("--iterations 3000000000", "--iterations: must be at least 0 and at most 2147"),
     # .. and so are numbers that do not go together.
     ("--scale 2 1", "--scale 2.0 1.0: from the smaller to the larger"),
     ("--min-lr 1", "--min-lr 1.0: above --lr"),

@@ -146,18 +146,17 @@ class ASPP_forward:
         context = common.ASPP(6, 4, rates=(1, 2, 3)).eval()
         return context(torch.randn(2, 6, 7, 9))
 
-    BRANCHES = "[pooled] + [b(x) for b in self.branches]"
+    BRANCHES = "views += [branch(x) for branch in self.branches]"
     mistakes = [
         Mistake("the global mean comes last: it comes first",
-                {BRANCHES: "[b(x) for b in self.branches] + [pooled]"},
+                {BRANCHES: "views = [branch(x) for branch in self.branches] + views"},
                 loses="values"),
         Mistake("the branches are in the opposite order",
-                {BRANCHES: "[pooled] + [b(x) for b in self.branches][::-1]"},
+                {BRANCHES: "views += [branch(x) for branch in self.branches][::-1]"},
                 loses="values"),
         Mistake("the projection is missing",
-                {"self.project(torch.cat([pooled] + [b(x) for b in self.branches], "
-                 "dim=1))": "torch.cat([pooled] + [b(x) for b in self.branches], "
-                 "dim=1)"}, loses="values"),
+                {"self.project(torch.cat(views, dim=1))": "torch.cat(views, dim=1)"},
+                loses="values"),
     ]
 
 

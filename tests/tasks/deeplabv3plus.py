@@ -141,7 +141,7 @@ class DeepLabv3PlusDecoder___init__:
 
     @points(3)
     def refine(deeplabv3plus):
-        """Two 3x3, separable or plain, as one nn.Sequential."""
+        """What `refinement` makes: two 3x3, separable or plain, by default."""
         return {f"separable={value}": DeepLabv3PlusDecoder___init__.parameters(
             deeplabv3plus, "refine", separable=value) for value in (True, False)}
 
@@ -163,19 +163,18 @@ class DeepLabv3PlusDecoder___init__:
     mistakes = [
         Mistake("the first 3x3 reads the context alone: the reduced channels stand "
                 "beside it",
-                {"convolution(in_channels + reduced, channels)":
-                 "convolution(in_channels, channels)"}, loses="refine"),
+                {"refinement(in_channels + reduced,": "refinement(in_channels,"},
+                loses="refine"),
         Mistake("the low-level features are not reduced before: the 3x3 reads the few "
                 "channels that `reduce` leaves (Sec. 4.1)",
-                {"convolution(in_channels + reduced, channels)":
-                 "convolution(in_channels + low_channels, channels)"}, loses="refine"),
+                {"refinement(in_channels + reduced,":
+                 "refinement(in_channels + low_channels,"}, loses="refine"),
         Mistake("the low-level features go through a 3x3: a 1x1 reduces them",
                 {"conv_bn_relu(low_channels, reduced, 1)":
                  "conv_bn_relu(low_channels, reduced)"}, loses="reduce"),
         Mistake("one 3x3 convolution instead of two (Sec. 4.1)",
-                {"*convolution(in_channels + reduced, channels),\n"
-                 "                                    *convolution(channels, channels)":
-                 "*convolution(in_channels + reduced, channels)"}, loses="refine"),
+                {"channels, kernels, separable)": "channels, kernels[:1], separable)"},
+                loses="refine"),
         Mistake("single numbers are dropped: Dropout2d drops whole channels",
                 {"nn.Dropout2d(dropout)": "nn.Dropout(dropout)"}, loses="classify"),
         Mistake("the context is enlarged by the whole output stride: up to res2 only",
