@@ -16,6 +16,7 @@ h, w the size of a coarse feature map, q, r that of a finer one.
 from __future__ import annotations
 
 import argparse
+import colorsys
 import csv
 import difflib
 import errno
@@ -564,8 +565,20 @@ def viewable(x: Tensor) -> Tensor:
 
 def label_colours(palette, num_classes: int) -> Tensor:
     """RGB per class (K, 3), made up if the data set gives none."""
-    made_up = [[37 * c % 256, 91 * c % 256, 173 * c % 256] for c in range(num_classes)]
-    return torch.tensor(made_up if palette is None else palette)
+    return torch.tensor(made_up_colours(num_classes) if palette is None else palette)
+
+
+def made_up_colours(count: int) -> list[tuple[int, int, int]]:
+    """Colours that can be told apart: hues far from each other, light and dark in turn.
+
+    The golden ratio puts each hue into the widest gap that those before have left.
+    """
+    colours = []
+    for i in range(count):
+        rgb = colorsys.hsv_to_rgb(i * 0.618034 % 1, (0.85, 0.5)[i // 2 % 2],
+                                  (0.95, 0.6)[i % 2])
+        colours.append(tuple(round(255 * x) for x in rgb))
+    return colours
 
 
 # --- Methods by name -----------------------------------------------------------------
@@ -649,7 +662,7 @@ def build_model(spec: str, num_classes: int, *, backbone="resnet50", weights="no
         FROM_SCRATCH      options of build in train.py's own recipes; else none
         prepare(model, label_maps, progress) -> line for the log, before step one
         pretrain_loss(model, images, labels) -> loss of the first --pretrain steps
-        explain(model, image, palette) -> figure; else there is nothing to explain
+        explain(model, image, palette, classes) -> figure; else nothing to explain
         results/published.csv: rows that `evaluate.py cost` compares with
 
     Whether a model keeps it is tried at once, with one small image.

@@ -48,8 +48,8 @@ from torchvision import tv_tensors
 from torchvision.datasets import Cityscapes, VOCSegmentation, voc
 from torchvision.transforms import v2
 
-from common import (IGNORE_INDEX, Parser, UserError, number, one_hot, progress,
-                    show_errors)
+from common import (IGNORE_INDEX, Parser, UserError, made_up_colours, number, one_hot,
+                    progress, show_errors)
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB in 0..1
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
@@ -503,9 +503,8 @@ def read_classes(root: Path, *, warn: bool) -> tuple[tuple, tuple, dict | None]:
             raise UserError(f"folder: no {path} and no labelled pixel in train/masks")
         if warn:
             warn_of_gaps(root, found)
-        hues = np.random.default_rng(0).integers(40, 256, (max(found) + 1, 3))
         return (tuple(f"class{i}" for i in range(max(found) + 1)),
-                tuple(tuple(map(int, c)) for c in hues), None)
+                tuple(made_up_colours(max(found) + 1)), None)
     rows = [line.split() for line in read_lines(path)]
     try:
         table = {int(r[0]): (" ".join(r[1:-3]), tuple(map(int, r[-3:]))) for r in rows}

@@ -6,6 +6,7 @@
     python evaluate.py explain RUN --out explain.png
     python evaluate.py cost                       ours beside the published numbers
     python evaluate.py table runs/*               one line per configuration
+    python evaluate.py compare runs/a runs/b      on the same images, with intervals
 
 RUN is a run's folder, which means its last.pt, or a .pt file of it.
 
@@ -448,16 +449,24 @@ def sample_row(picture, truth, guess, palette) -> list[np.ndarray]:
 
 
 def confusion_picture(matrix: ConfusionMatrix, classes, path: Path) -> None:
-    """Each row: where the pixels of one true class went, from 0 to 1."""
+    """Each row: where the pixels of one true class went, in percent.
+
+    Beyond 40 classes the numbers would be too small to read and are left out.
+    """
     from matplotlib.figure import Figure
-    counts, side = matrix.counts.double(), 2.5 + 0.22 * len(classes)
+    counts, side = matrix.counts.double(), 2.5 + 0.36 * len(classes)
     figure = Figure(figsize=(side, side), layout="constrained")
     axis = figure.subplots()
-    axis.imshow((counts / counts.sum(1, keepdim=True)).numpy(), cmap="Blues", vmin=0,
-                vmax=1)
+    shares = (counts / counts.sum(1, keepdim=True)).numpy()
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for (row, column), share in np.ndenumerate(shares):
+        if share >= 0.005 and len(classes) <= 40:
+            axis.text(column, row, f"{100 * share:.0f}", ha="center", va="center",
+                      fontsize=7, color="white" if share > 0.5 else "black")
     axis.set_xticks(range(len(classes)), classes, rotation=90, fontsize=8)
     axis.set_yticks(range(len(classes)), classes, fontsize=8)
-    axis.set(xlabel="prediction", ylabel="truth")
+    axis.set(xlabel="prediction", ylabel="truth",
+             title="of each true class, percent of its pixels")
     figure.savefig(path, dpi=80)
 
 
@@ -754,9 +763,10 @@ def command_explain(args) -> None:
     if not hasattr(module, "explain"):
         raise UserError(f"{checkpoint['method']} explains nothing yet: "
                         f"{module.__name__}.py has no function explain(model, image, "
-                        f"*, palette)")
+                        f"*, palette, classes)")
     figure = module.explain(model, normalise(image)[None],
-                            palette=checkpoint["palette"])
+                            palette=checkpoint["palette"],
+                            classes=checkpoint["classes"])
     try:
         figure.savefig(args.out, dpi=100)
     except ValueError as error:  # matplotlib knows no format with that ending
@@ -983,7 +993,8 @@ def run_row(checkpoint: dict) -> dict:
             "name": " ".join([checkpoint["method"], *(
                 f"{k}={v}" for k, v in used.items() if k != "channels")]),
             "dataset": checkpoint["dataset"], "backbone": checkpoint["backbone"],
-            "steps": checkpoint["evaluated"], "params (M)": f"{cost['params']:.2f}",
+            "gmacs": cost["gmacs"], "steps": checkpoint["evaluated"],
+            "params (M)": f"{cost['params']:.2f}",
             "GMACs": "{:.2f} at {}x{}".format(cost["gmacs"], *size),
             "miou": checkpoint["miou"],
             "img/s": float(np.median(speeds)) if speeds else math.nan}
@@ -1021,21 +1032,27 @@ def distinguished(groups: list[list[dict]]) -> list[str]:
     return names
 
 
+def by_configuration(folders: list[str]) -> dict[str, list[dict]]:
+    """{name: rows of the finished runs that differ in the seed alone, by seed}."""
+    grouped: dict[str, list[dict]] = {}
+    for row in finished_runs(folders):
+        grouped.setdefault(json.dumps(row["facts"], sort_keys=True), []).append(row)
+    groups = [sorted(g, key=lambda r: r["seed"]) for g in grouped.values()]
+    for rows in groups:
+        for one, two in zip(rows, rows[1:]):
+            if one["seed"] == two["seed"]:
+                raise UserError(f"{one['folder']} and {two['folder']} are the same run "
+                                f"with the same seed, {one['seed']}: name one of them")
+    return dict(zip(distinguished(groups), groups))
+
+
 def command_table(args) -> None:
     """Markdown to the screen, csv with --csv: a line per configuration, over seeds.
 
     Runs that differ in anything but the seed are different lines.
     """
-    grouped: dict[str, list[dict]] = {}
-    for row in finished_runs(args.runs):
-        grouped.setdefault(json.dumps(row["facts"], sort_keys=True), []).append(row)
     table = []
-    groups = [sorted(g, key=lambda r: r["seed"]) for g in grouped.values()]
-    for name, rows in zip(distinguished(groups), groups):
-        for one, two in zip(rows, rows[1:]):
-            if one["seed"] == two["seed"]:
-                raise UserError(f"{one['folder']} and {two['folder']} are the same run "
-                                f"with the same seed, {one['seed']}: name one of them")
+    for name, rows in by_configuration(args.runs).items():
         scores = [row["miou"] for row in rows]
         spread = f" ± {np.std(scores, ddof=1):.4f}" if len(scores) > 1 else ""
         table.append({
@@ -1054,6 +1071,252 @@ def command_table(args) -> None:
             writer = csv.DictWriter(file, table[0])
             writer.writeheader()
             writer.writerows(table)
+
+
+# --- compare -------------------------------------------------------------------------
+
+DRAWS = 2000  # of the bootstrap
+NEAR = 3      # pixels from a class boundary
+
+
+def mious(counts: Tensor) -> Tensor:
+    """mIoU of confusion matrices (.., K, K), over the classes that occur in each."""
+    hits = counts.diagonal(dim1=-2, dim2=-1).double()
+    return (hits / (counts.sum(-1) + counts.sum(-2) - hits)).nanmean(-1)
+
+
+def bootstrap(counts: Tensor, *, draws=DRAWS) -> Tensor:
+    """How else the mIoU might have come out: (R, N, K, K) of R runs -> (R, draws).
+
+    For each draw, as many images as there are are drawn with replacement, the same ones
+    for every run, and their matrices are added up. So the difference of two runs in one
+    draw is that on equal images.
+    """
+    R, N, K, _ = counts.shape
+    generator = torch.Generator().manual_seed(0)
+    picked = torch.randint(N, (draws, N), generator=generator)
+    times = torch.zeros(draws, N).scatter_add_(1, picked, torch.ones(draws, N))
+    flat = counts.reshape(R, N, K * K).float()
+    summed = (torch.cat([part @ run for part in times.split(100)]) for run in flat)
+    return torch.stack([mious(run.reshape(draws, K, K)) for run in summed])
+
+
+def interval(values: Tensor) -> tuple[float, float]:
+    """From the 2.5th to the 97.5th percentile."""
+    low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype))
+    return low.item(), high.item()
+
+
+class Compared:
+    """What several runs say of the same images: a matrix per run and image, twice.
+
+    `counts` (R, N, K, K) is over all valid pixels, `near` over those at a boundary of
+    two classes. `differ` (N,) is the share of pixels that not all runs call the same.
+    """
+
+    def __init__(self, runs: int, images: int, num_classes: int):
+        shape = runs, images, num_classes, num_classes
+        self.counts = torch.zeros(shape, dtype=torch.int32)
+        self.near = torch.zeros(shape, dtype=torch.int32)
+        self.differ = torch.zeros(images)
+
+    def update(self, index: int, labels: Tensor, guesses: list[Tensor]) -> None:
+        band = dilate(class_boundary(labels), NEAR)
+        at_boundary = torch.where(band, labels, IGNORE_INDEX)
+        for run, guess in enumerate(guesses):
+            for counts, truth in ((self.counts, labels), (self.near, at_boundary)):
+                matrix = ConfusionMatrix(counts.shape[-1])
+                matrix.update(truth, guess)
+                counts[run, index] = matrix.counts
+        self.differ[index] = disagreement(labels, guesses).mean()
+
+
+def disagreement(labels: Tensor, guesses: list[Tensor]) -> Tensor:
+    """(H, W) of 0 and 1: the valid pixels that not all runs call the same."""
+    guesses = torch.stack(guesses)
+    differ = (guesses != guesses[0]).any(0) & (labels != IGNORE_INDEX)
+    return differ.float()
+
+
+def compared_rows(groups: dict[str, list[dict]], seen: Compared,
+                  classes: list[str]) -> list[dict]:
+    """A row per configuration; differences are to the first one, on equal images.
+
+    A configuration's mIoU is the mean over its seeds, in every draw of the bootstrap.
+    """
+    runs = [row for rows in groups.values() for row in rows]
+    drawn, near = bootstrap(seen.counts), mious(seen.near.sum(1))
+    per_image, whole = mious(seen.counts), mious(seen.counts.sum(1))
+    hits = seen.counts.sum(1).diagonal(dim1=-2, dim2=-1).double()
+    ious = hits / (seen.counts.sum((1, 2)) + seen.counts.sum((1, 3)) - hits)
+    table, first = [], None
+    for name, rows in groups.items():
+        mine = [i for i, run in enumerate(runs) if run in rows]
+        first = first or mine
+        better = drawn[mine].mean(0) - drawn[first].mean(0)
+        ahead = per_image[mine].mean(0) > per_image[first].mean(0)
+        low, high = interval(drawn[mine].mean(0))
+        row = {"method": name, "n": len(mine), "miou": whole[mine].mean().item(),
+               "low": low, "high": high,
+               "seeds": whole[mine].std().item() if len(mine) > 1 else math.nan,
+               "gmacs": rows[0]["gmacs"],
+               "difference": (whole[mine].mean() - whole[first].mean()).item()}
+        row["difference low"], row["difference high"] = interval(better)
+        row |= {"images won": int(ahead.sum()), "images": len(ahead),
+                f"miou within {NEAR} px": near[mine].mean().item(),
+                f"difference within {NEAR} px": (near[mine].mean()
+                                                 - near[first].mean()).item()}
+        row |= {f"iou {label}": iou for label, iou in
+                zip(classes, ious[mine].mean(0).tolist())}
+        table.append(row)
+    return table
+
+
+def in_words(row: dict, first: str) -> str:
+    """What the interval of a difference allows to say."""
+    name = row["method"]
+    low, high = row["difference low"], row["difference high"]
+    between = f"{row['difference']:+.4f}, 95 % interval [{low:+.4f}, {high:+.4f}]"
+    if low <= 0 <= high:
+        return (f"{name} and {first} are not told apart by these images: {between}. "
+                f"Other images of this kind may order them otherwise.")
+    order = "ahead of" if row["difference"] > 0 else "behind"
+    return f"{name} is {order} {first} on images of this kind: {between}."
+
+
+def command_compare(args) -> None:
+    """Runs side by side on the same images: intervals, paired differences, a picture.
+
+    The interval is about the images: what other images of the same kind would give. How
+    other seeds would come out, the spread over the seeds says, if there are some.
+    """
+    groups = by_configuration(args.runs)
+    runs = [row for rows in groups.values() for row in rows]
+    checkpoints = [load_checkpoint(row["folder"]) for row in runs]
+    dataset = open_compared(args, runs, checkpoints)
+    models = [restore(checkpoint, usable(args.device)) for checkpoint in checkpoints]
+    every = max(1, len(dataset) // args.images) if args.images else 1
+    indices = range(0, len(dataset), every)
+    loader = data.val_loader(dataset, workers=args.workers, step=every)
+    protocol, K = protocol_of(args), len(dataset.info.classes)
+    seen = Compared(len(runs), len(indices), K)
+
+    @torch.inference_mode()
+    def guess(inputs: Tensor) -> list[Tensor]:
+        return [predict(model, inputs.to(args.device), protocol).cpu()
+                for model in models]
+    for step, (inputs, labels) in enumerate(loader):
+        seen.update(step, labels[0], guess(inputs))
+        progress(step + 1, len(loader))
+    table = compared_rows(groups, seen, dataset.info.classes)
+    print(f"{dataset.info.name} {args.split}, {len(indices)} images, {protocol}; "
+          f"differences are to {table[0]['method']}")
+    for row in table:
+        spread = ""
+        if row["n"] > 1:
+            spread = f" ± {row['seeds']:.4f} over {row['n']} seeds"
+        print(f"{row['method']}: mIoU {row['miou']:.4f}, 95 % interval "
+              f"[{row['low']:.4f}, {row['high']:.4f}]{spread}; within {NEAR} px of a "
+              f"class boundary {row[f'miou within {NEAR} px']:.4f}; ahead in "
+              f"{row['images won']} of {row['images']} images")
+    for row in table[1:]:
+        print(in_words(row, table[0]["method"]))
+    out = make_folder(args.out)
+    report = {"dataset": dataset.info.name, "split": args.split, "images": len(indices),
+              "protocol": str(protocol), "draws": DRAWS,
+              "runs": [str(row["folder"]) for row in runs], "rows": table}
+    (out / "compare.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    with open(out / "compare.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, table[0])
+        writer.writeheader()
+        writer.writerows(table)
+    worst = [indices[i] for i in seen.differ.argsort(descending=True)[:2].tolist()]
+    shown = [(index, *dataset.load(index)) for index in sorted(worst)]
+    guesses = [guess(data.NORMALISE(image)[None]) for _, image, _ in shown]
+    first_seeds = [runs.index(rows[0]) for rows in groups.values()]
+    compare_picture(table, shown, [[each[i] for i in first_seeds] for each in guesses],
+                    dataset.info, out / "compare.png")
+    print(f"{out}: compare.json, compare.csv, compare.png")
+
+
+def open_compared(args, runs: list[dict], checkpoints: list[dict]):
+    """The images for all runs, which must have learned the same classes from them."""
+    first = checkpoints[0]
+    for row, checkpoint in zip(runs, checkpoints):
+        for what in ("dataset", "classes", "train_split", "difficulty", "data_root"):
+            if checkpoint[what] != first[what]:
+                raise UserError(
+                    f"{row['folder']} has another {what} than {runs[0]['folder']} "
+                    f"({checkpoint[what]!r:.60}, {first[what]!r:.60}): not comparable")
+        if checkpoint["backbone"] == LABELS:
+            raise UserError(f"{row['folder']} reads the ground truth: only `score` "
+                            f"takes it")
+    args.dataset, args.checkpoint = None, runs[0]["folder"]
+    return open_scored(args, first)
+
+
+def compare_picture(table: list[dict], shown: list, guesses: list, info,
+                    path: Path) -> None:
+    """The images that the runs disagree on most, whole and where they do; and numbers.
+
+    shown: [(index, image, labels)], guesses: of each one, the ids by each method.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+    columns, rows = 2 + len(table), 2 * len(shown)
+    H, W = shown[0][2].shape
+    figure = Figure(figsize=(2.4 * columns, 2.4 * rows * H / W + 4.6), dpi=100,
+                    layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=(2.4 * rows * H / W, 4.4))
+    axes = upper.subplots(rows, columns, squeeze=False)
+    titles = ["image", "truth"]
+    titles += [f"{row['method']}\n{row['miou']:.3f}" for row in table]
+    for axis, title in zip(axes[0], titles):
+        axis.set_title(title, fontsize=9)
+    for i, ((index, image, labels), each) in enumerate(zip(shown, guesses)):
+        truth = labels.numpy()
+        layers = [image.permute(1, 2, 0).numpy(), data.colourise(truth, info.palette)]
+        layers += [data.colourise(np.where(truth == IGNORE_INDEX, truth, ids.numpy()),
+                                  info.palette) for ids in each]
+        top, left, h, w = where_they_differ(labels, each)
+        for axis, layer in zip(axes[2 * i], layers):
+            axis.imshow(layer, interpolation="nearest")
+            axis.add_patch(Rectangle((left, top), w, h, fill=False, edgecolor="white"))
+        for axis, layer in zip(axes[2 * i + 1], layers):
+            axis.imshow(layer[top:top + h, left:left + w], interpolation="nearest")
+        axes[2 * i, 0].set_ylabel(f"image {index}", fontsize=8)
+        axes[2 * i + 1, 0].set_ylabel("enlarged", fontsize=8)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    forest, cost, key = lower.subplots(1, 3, width_ratios=(3, 3, 2))
+    draw_numbers(forest, cost, table)
+    key.imshow(data.legend(info, 230))
+    key.axis("off")
+    figure.savefig(path)
+
+
+def where_they_differ(labels: Tensor, guesses: list[Tensor]) -> tuple[int, ...]:
+    """(top, left, h, w) of the quarter, by side, of an image with most disagreement."""
+    h, w = (max(1, n // 4) for n in labels.shape)
+    density = F.avg_pool2d(disagreement(labels, guesses)[None], (h, w), 1)[0]
+    return *divmod(int(density.argmax()), density.shape[1]), h, w
+
+
+def draw_numbers(forest, cost, table: list[dict]) -> None:
+    """Left the differences to the first method with their intervals, right the cost."""
+    names = [row["method"] for row in table]
+    for y, row in enumerate(table):
+        low, high = row["difference low"], row["difference high"]
+        forest.plot([100 * low, 100 * high], [y, y], color="0.5", lw=3)
+        forest.plot(100 * row["difference"], y, "o", color="black")
+        cost.plot(row["gmacs"], row["miou"], "o", color="black")
+        cost.annotate(row["method"], (row["gmacs"], row["miou"]), fontsize=8,
+                      xytext=(4, 4), textcoords="offset points")
+    forest.axvline(0, color="0.7", lw=1)
+    forest.set_yticks(range(len(names)), names, fontsize=8)
+    forest.invert_yaxis()
+    forest.set_xlabel(f"points of mIoU more than {names[0]}, 95 % intervals")
+    cost.set(xlabel="GMACs of a training crop", ylabel="mIoU", xlim=(0, None))
 
 
 # --- Command line --------------------------------------------------------------------
@@ -1116,7 +1379,7 @@ def parse(argv=None):
     parser = Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     commands = parser.add_subparsers(required=True,
-                                     metavar="score|predict|explain|cost|table")
+                                     metavar="score|predict|explain|cost|table|compare")
     common = argparse.ArgumentParser(add_help=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     common.add_argument("--device", default=device, help=f"default {device}")
@@ -1149,6 +1412,19 @@ def parse(argv=None):
     table.add_argument("runs", nargs="+", metavar="RUN")
     table.add_argument("--csv", metavar="FILE", help="also write it there")
     table.set_defaults(command=command_table)
+
+    compare = commands.add_parser("compare", parents=[common, how],
+                                  help="runs side by side on the same images")
+    compare.add_argument("runs", nargs="+", metavar="RUN")
+    compare.add_argument("--split", default="val", help="default val")
+    compare.add_argument("--data-root", metavar="DIR", help="default: as in training")
+    compare.add_argument("--images", type=number(int, 1), metavar="N",
+                         help="only so many of them, evenly spaced (default all)")
+    compare.add_argument("--workers", type=number(int), default=2,
+                         help="loader processes (2)")
+    compare.add_argument("--out", default="compare", metavar="DIR",
+                         help="for compare.json, .csv and .png (default compare)")
+    compare.set_defaults(command=command_compare)
     return parser.parse_args(argv)
 
 

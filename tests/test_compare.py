@@ -1,0 +1,154 @@
+"""compare: intervals, paired differences, and what they allow to say."""
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+import evaluate
+from conftest import FOUR_STEPS, call_evaluate, launch
+
+pytestmark = pytest.mark.usefixtures("one_thread", "thin")
+
+
+@pytest.fixture(scope="module")
+def counts():
+    """Matrices of three runs over seven images with four classes, one of them rare."""
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.randint(0, 50, (3, 7, 4, 4), generator=generator, dtype=torch.int32)
+    counts[:, 1:, 3] = 0  # the truth has class 3 in the first image only
+    counts[1] += 40 * torch.eye(4, dtype=torch.int32)  # run 1 is better everywhere
+    return counts
+
+
+def miou_slowly(matrix):
+    """Class by class: hits over truth and prediction together, absent ones left out."""
+    ious = []
+    for c in range(len(matrix)):
+        together = matrix[c].sum() + matrix[:, c].sum() - matrix[c, c]
+        if together:
+            ious.append((matrix[c, c] / together).item())
+    return sum(ious) / len(ious)
+
+
+def test_mious_of_many_matrices_are_those_of_each(counts):
+    for run, images in zip(evaluate.mious(counts), counts):
+        assert run.tolist() == pytest.approx([miou_slowly(m) for m in images])
+
+
+def test_the_bootstrap_is_the_literal_loop(counts):
+    """Draw as many images as there are, with replacement; the same ones for each run.
+
+    The matrices are added up, then the mIoU is taken: not the mean of images' mIoUs.
+    """
+    drawn = evaluate.bootstrap(counts, draws=150)
+    picked = torch.randint(7, (150, 7), generator=torch.Generator().manual_seed(0))
+    for run in range(3):
+        slow = [miou_slowly(sum(counts[run, i].double() for i in images))
+                for images in picked.tolist()]
+        assert drawn[run].tolist() == pytest.approx(slow, abs=1e-6)
+
+
+def test_an_interval_is_of_percentiles():
+    low, high = evaluate.interval(torch.arange(1001, dtype=torch.float64))
+    assert (low, high) == (25, 975)
+
+
+@pytest.fixture(scope="module")
+def seen(counts):
+    seen = evaluate.Compared(3, 7, 4)
+    seen.counts, seen.near = counts, counts
+    return seen
+
+
+def test_differences_are_paired_and_over_seeds(seen):
+    """Runs 0 and 2 are seeds of one method, run 1 is another: better on every image."""
+    groups = {"a": [{"gmacs": 1.0, "run": 0}, {"gmacs": 1.0, "run": 2}],
+              "b": [{"gmacs": 2.0, "run": 1}]}
+    order = torch.tensor([0, 2, 1])  # as the groups list them
+    mixed = evaluate.Compared(3, 7, 4)
+    mixed.counts, mixed.near = seen.counts[order], seen.near[order]
+    a, b = evaluate.compared_rows(groups, mixed, ["w", "x", "y", "z"])
+    whole = [miou_slowly(images.sum(0).double()) for images in seen.counts]
+    assert a["miou"] == pytest.approx((whole[0] + whole[2]) / 2)
+    assert a["seeds"] == pytest.approx(np.std([whole[0], whole[2]], ddof=1))
+    assert (a["difference"], a["images won"], b["n"]) == (0, 0, 1)
+    assert b["difference"] == pytest.approx(whole[1] - a["miou"])
+    assert b["images won"] == b["images"] == 7 and math.isnan(b["seeds"])
+    drawn = evaluate.bootstrap(seen.counts)
+    paired = drawn[1] - (drawn[0] + drawn[2]) / 2
+    assert (b["difference low"], b["difference high"]) == pytest.approx(
+        evaluate.interval(paired)), "not of the same images"
+    assert a["low"] < a["miou"] < a["high"] and "iou z" in a
+
+
+@pytest.mark.parametrize("low, high, said", [
+    (-0.01, 0.02, "are not told apart"), (0.001, 0.02, "b is ahead of a"),
+    (-0.02, -0.001, "b is behind a")])
+def test_an_order_is_stated_only_if_the_interval_allows_it(low, high, said):
+    row = {"method": "b", "difference": (low + high) / 2, "difference low": low,
+           "difference high": high}
+    assert said in evaluate.in_words(row, "a")
+
+
+def test_pixels_near_a_boundary_and_disagreement_are_counted(monkeypatch):
+    """Two halves: the band has three pixels on each side, void is in neither count."""
+    labels = torch.zeros(10, 20, dtype=torch.uint8)
+    labels[:, 10:] = 1
+    labels[0] = 255
+    wrong = labels.clone()
+    wrong[1:, 0] = 1  # far from the boundary
+    seen = evaluate.Compared(2, 1, 2)
+    seen.update(0, labels, [labels, wrong])
+    assert seen.counts[1, 0].tolist() == [[81, 9], [0, 90]]
+    width = 2 * (evaluate.NEAR + 1)  # both pixels of the pair, and as many on each side
+    assert seen.near[1, 0].sum() == 9 * width and not seen.near[1, 0, 0, 1]
+    assert seen.differ[0] == 9 / 200
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Two seeds, another method, and a run that is not finished."""
+    root = tmp_path_factory.mktemp("two")
+    with pytest.MonkeyPatch.context() as patch:
+        from conftest import make_thin
+        make_thin(patch)
+        for name, more in (("a0", []), ("a1", ["--seed", 1]),
+                           ("b", ["--method", "nrd:bilinear"])):
+            launch(*FOUR_STEPS, *more, "--out", root / name)
+    return root
+
+
+def test_runs_side_by_side(two, tmp_path, capsys):
+    """The numbers of `score`, and files that hold what was said."""
+    runs = [two / "a0", two / "a1", two / "b"]
+    call_evaluate("compare", *runs, tmp_path / "none", "--workers", 0, "--out",
+                  tmp_path / "out")
+    said = capsys.readouterr()
+    assert "left out: no checkpoint" in said.err
+    assert "over 2 seeds" in said.out and "nrd:bilinear" in said.out
+    report = json.loads((tmp_path / "out/compare.json").read_text())
+    assert report["images"] == 2 and len(report["runs"]) == 3
+    scores = [common.load_checkpoint(run)["miou"] for run in runs]
+    first, second = report["rows"]
+    assert first["miou"] == pytest.approx(sum(scores[:2]) / 2, abs=1e-5)
+    assert second["miou"] == pytest.approx(scores[2], abs=1e-5)
+    assert len((tmp_path / "out/compare.csv").read_text().splitlines()) == 3
+    assert Image.open(tmp_path / "out/compare.png").size[0] > 800
+
+
+def test_what_cannot_be_compared_is_refused(two, tmp_path, capsys):
+    """Runs that have learned from other images, or read the answer."""
+    state = common.load_checkpoint(two / "b")
+    (tmp_path / "c").mkdir()
+    for change, said in (({"train_split": "trainval"}, "has another train_split"),
+                         ({"difficulty": 1.0}, "has another difficulty"),
+                         ({"evaluated": 2}, "no finished run")):
+        common.save_checkpoint(state | change, tmp_path / "c/last.pt")
+        runs = [tmp_path / "c"] if "finished" in said else [two / "a0", tmp_path / "c"]
+        with pytest.raises(SystemExit):
+            call_evaluate("compare", *runs, "--out", tmp_path / "o")
+        assert said in capsys.readouterr().err
