@@ -1,4 +1,5 @@
 """The prose is executed: shape comments, paper -> code maps, notes, README."""
+import csv
 import importlib.util
 import re
 import shlex
@@ -107,7 +108,8 @@ def test_notes_cited_elsewhere_exist():
     for method in MODULES:
         for row in common.published(method):
             assert set(re.findall(r"\bN\d+\b", row["why"])) <= set(notes(method)), row
-    for number, module in re.findall(r"note (N\d+) (?:in|of) `(\w+)\.py`", README):
+    for number, module in re.findall(r"note (N\d+) (?:in|of) `(\w+)\.py`",
+                                     README + RESULTS):
         assert number in notes(module), f"README: {number} of {module}"
 
 
@@ -162,16 +164,17 @@ def test_lines_are_narrow(path):
 
 # --- README --------------------------------------------------------------------------
 
-README = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else ""
+README = (ROOT / "README.md").read_text()
+RESULTS = (ROOT / "results/README.md").read_text()
 COMMANDS = [line.partition("  #")[0].strip() for block in
-            re.findall(r"```(?:sh|bash)\n(.*?)```", README, re.S)
+            re.findall(r"```(?:sh|bash)\n(.*?)```", README + RESULTS, re.S)
             for line in block.replace("\\\n", " ").splitlines()
             if line.strip().startswith(("python ", "torchrun "))]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_readme_commands_are_understood(command):
-    """Every command in README is accepted by the program that it calls."""
+    """Every command in README and results/ is accepted by the program it calls."""
     if "sixth" in command:
         return  # a file that is not there yet: test_sixth.py runs these
     for name, value in (("DIR", "some-folder"), ("$m", "nrd"), ("$seed", "0")):
@@ -193,7 +196,7 @@ def test_readme_commands_are_understood(command):
 
 def test_rows_of_the_papers_have_the_papers_recipes():
     """Under "The papers' tables" no value of a training is ours, unless it is typed."""
-    section = README.partition("## The papers' tables")[2].partition("\n## ")[0]
+    section = RESULTS.partition("## The papers' tables\n")[2].partition("\n## ")[0]
     commands = [line for line in section.replace("\\\n", " ").splitlines()
                 if line.startswith("python train.py")]
     assert len(commands) > 10
@@ -205,13 +208,47 @@ def test_rows_of_the_papers_have_the_papers_recipes():
 
 
 def test_readme_names_files_that_exist():
-    for name in re.findall(r"\]\(([\w./-]+)\)", README):
-        assert (ROOT / name).exists(), f"README links to {name}"
+    for text, folder in ((README, ROOT), (RESULTS, ROOT / "results")):
+        for name in re.findall(r"\]\(([\w./-]+)\)", text):
+            assert (folder / name).exists(), f"a link to {name}"
+        headings = re.findall(r"^## (.*)$", text, re.M)
+        anchors = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
+        assert set(re.findall(r"\]\(#([\w-]+)\)", text)) <= anchors
     assert len(COMMANDS) >= 8
 
 
+def test_readme_is_short():
+    """What is not for the first hour stands in results/README.md."""
+    assert len(README.split()) <= 2000
+
+
+def test_readme_python_runs(stopped, monkeypatch, thin):
+    """The lines for one's own code, with the run of a test in the place of theirs."""
+    (block,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.S)
+                if "import sfnet" in block]
+    load = common.load_checkpoint
+    monkeypatch.setattr(common, "load_checkpoint", lambda path: load(stopped))
+    names = {}
+    exec(block.replace("512, 1024", "64, 128"), names)
+    assert names["logits"].shape == (1, 19, 64, 128)
+    assert not names["trained"].training and "res5" in names["features"]
+
+
+def test_readme_numbers_are_those_of_the_tables():
+    """Each row of README's results is a line of results/streets.csv."""
+    with open(ROOT / "results/streets.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    section = README.partition("## Results\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `([\w:-]+)`.* \| ([\d. ]+) \| ([\d.]+) \|$", section,
+                      re.M)
+    assert len(rows) >= 6
+    for method, seeds, gmacs in rows:
+        assert any(line["method"].split()[0] == method and line["each seed"] == seeds
+                   and line["GMACs"].startswith(gmacs + " ") for line in lines), method
+
+
 def test_readme_loops_over_methods_that_exist():
-    loops = re.findall(r"for m in (.*?); do", README.replace("\\\n", " "))
+    loops = re.findall(r"for m in (.*?); do", RESULTS.replace("\\\n", " "))
     assert loops
     for method in " ".join(loops).split():
         common.load_method(method)
