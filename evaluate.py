@@ -7,6 +7,7 @@
     python evaluate.py cost                       ours beside the published numbers
     python evaluate.py table runs/*               one line per configuration
     python evaluate.py compare runs/a runs/b      on the same images, with intervals
+    python evaluate.py speed nrd sfnet            time and memory, side by side
 
 RUN is a run's folder, which means its last.pt, or a .pt file of it.
 
@@ -27,6 +28,7 @@ import hashlib
 import json
 import math
 import re
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -43,12 +45,12 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import resize
 
 import data
-from common import (ABOVE_ZERO, IGNORE_INDEX, LABELS, ConfusionMatrix, Parser,
-                    UserError, autocast, build_model, checkpoint_file, checksum,
+from common import (ABOVE_ZERO, BACKBONES, IGNORE_INDEX, LABELS, ConfusionMatrix,
+                    Parser, UserError, autocast, build_model, checkpoint_file, checksum,
                     count_cost, join_processes, load_checkpoint, load_method,
                     make_folder, methods, number, out_of_memory, peak_memory, progress,
-                    published, rank_and_world, restore, rows_at, shapes_only,
-                    show_errors, usable)
+                    published, rank_and_world, restore, rows_at,
+                    segmentation_loss, shapes_only, show_errors, usable)
 
 # --- An image becomes class ids ------------------------------------------------------
 
@@ -1319,6 +1321,177 @@ def draw_numbers(forest, cost, table: list[dict]) -> None:
     cost.set(xlabel="GMACs of a training crop", ylabel="mIoU", xlim=(0, None))
 
 
+# --- speed ---------------------------------------------------------------------------
+
+ROUNDS, WARM_UP = 7, 2
+
+
+def synchronise(device) -> None:
+    """A GPU works behind the program's back: wait until it has caught up."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Stopwatch:
+    """Seconds of each call of a model, and in it of its encoder, context, decoder."""
+
+    def __init__(self, model: nn.Module, device):
+        self.device, self.begun, self.seconds = device, {}, {"total": []}
+        for name in ("encoder", "context", "decoder"):
+            if hasattr(model, name):
+                part = getattr(model, name)
+                self.seconds[name] = []
+                part.register_forward_pre_hook(lambda *_, name=name: self.start(name))
+                part.register_forward_hook(lambda *_, name=name: self.stop(name))
+
+    def start(self, name: str) -> None:
+        synchronise(self.device)
+        self.begun[name] = time.perf_counter()
+
+    def stop(self, name: str) -> None:
+        synchronise(self.device)
+        self.seconds[name].append(time.perf_counter() - self.begun[name])
+
+
+def speed_step(model: nn.Module, images: Tensor, args):
+    """A function that does once what is timed: inference, or a training step."""
+    labels = torch.zeros(len(images), *images.shape[-2:], dtype=torch.uint8,
+                         device=images.device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    run = torch.compile(model) if args.compile else model
+
+    def inference():
+        with torch.inference_mode(), autocast(args.device, args.amp):
+            run(images)
+
+    def training():
+        optimizer.zero_grad(set_to_none=True)
+        with autocast(args.device, args.amp):
+            outputs = run(images)
+        segmentation_loss(outputs, labels)[0].backward()
+        optimizer.step()
+    model.train(args.train)
+    return training if args.train else inference
+
+
+def time_methods(args, size: tuple[int, int], num_classes: int) -> list[dict]:
+    """A row per method; in every round each of them has its turn, in another order.
+
+    What slows the machine down for a while thus slows all of them.
+    """
+    timed = {}
+    for spec in args.methods:
+        torch.manual_seed(0)
+        model = build_model(spec, num_classes, backbone=args.backbone)
+        model = model.to(args.device, memory_format=torch.channels_last)
+        images = torch.randn(args.batch, 3, *size, device=args.device)
+        images = images.to(memory_format=torch.channels_last)
+        timed[spec] = Stopwatch(model, args.device), speed_step(model, images, args)
+    order = list(timed)
+    for turn in range(WARM_UP + args.rounds):
+        for spec in order[turn % len(order):] + order[:turn % len(order)]:
+            watch, step = timed[spec]
+            watch.start("total")
+            step()
+            watch.stop("total")
+            progress(turn + 1, WARM_UP + args.rounds)
+    return [speed_row(args, spec, size, num_classes, watch)
+            for spec, (watch, _) in timed.items()]
+
+
+def speed_row(args, spec: str, size: tuple[int, int], num_classes: int,
+              watch: Stopwatch) -> dict:
+    """Milliseconds (median and quartiles), images and GMACs per second, memory."""
+    cost = count_cost(*shapes_only(spec, num_classes, size, backbone=args.backbone))
+    quartiles = lambda times: np.percentile(times[WARM_UP:], (50, 25, 75)) * 1000
+    total, low, high = quartiles(watch.seconds["total"])
+    gmacs = cost["total"]["gmacs"]
+    row = {"method": spec, "size": "{}x{}".format(*size), "classes": num_classes,
+           "ms": total, "low": low, "high": high, "n": args.rounds,
+           "images/s": 1000 * args.batch / total, "GMACs": gmacs,
+           "GMACs/s": 1000 * args.batch * gmacs / total}
+    row |= {f"{name} ms": quartiles(times)[0] for name, times in watch.seconds.items()
+            if name != "total" and len(times) > WARM_UP}
+    return row | {"peak GB": memory_of(args, spec, size, num_classes)}
+
+
+def memory_of(args, spec: str, size: tuple[int, int], num_classes: int) -> float:
+    """Peak memory of one step, in a process that does nothing else."""
+    line = [sys.executable, __file__, "speed", spec, "--size", "{}x{}".format(*size),
+            "--classes", str(num_classes), "--backbone", args.backbone, "--batch",
+            str(args.batch), "--device", args.device, "--amp", args.amp, "--peak"]
+    done = subprocess.run(line + ["--train"] * args.train, capture_output=True,
+                          text=True)
+    if done.returncode:
+        return math.nan
+    return float(done.stdout.split()[-1])
+
+
+def command_speed(args) -> None:
+    """Time, memory and multiply-adds of methods, side by side on this machine.
+
+    The encoder's time is in the total; so is what lies between and behind the parts,
+    as the last enlargement. Ratios to the first method are from the same rounds.
+    """
+    usable(args.device)
+    if args.train and args.batch < 2:
+        raise UserError("--train: batch norm needs --batch 2 or more")
+    if args.peak:  # asked by memory_of
+        args.rounds = 0
+        model = build_model(args.methods[0], args.classes[0], backbone=args.backbone)
+        model = model.to(args.device, memory_format=torch.channels_last)
+        images = torch.randn(args.batch, 3, *args.size[0], device=args.device)
+        speed_step(model, images.to(memory_format=torch.channels_last), args)()
+        print(peak_memory(args.device))
+        return
+    table = [row for size in args.size for classes in args.classes
+             for row in time_methods(args, size, classes)]
+    if args.json:
+        print(json.dumps(table, indent=1))
+    else:
+        print(f"{'training step' if args.train else 'inference'}, batch {args.batch}, "
+              f"{args.backbone}, {args.device}, {torch.get_num_threads()} threads, amp "
+              f"{args.amp}; median of {args.rounds}, quartiles")
+        for row in table:
+            first = next(r for r in table if all(
+                r[key] == row[key] for key in ("size", "classes")))
+            parts = " ".join(f"{name.removesuffix(' ms')} {row[name]:.0f}"
+                             for name in row if name.endswith(" ms"))
+            print(f"{row['method']:<26}{row['size']:>10}{row['classes']:>5}"
+                  f"{row['ms']:>9.1f} ms [{row['low']:.1f}, {row['high']:.1f}]"
+                  f"{row['ms'] / first['ms']:>6.2f}x{row['images/s']:>8.1f} img/s"
+                  f"{row['GMACs']:>9.1f} GMACs{row['GMACs/s']:>8.0f}/s"
+                  f"{row['peak GB']:>7.2f} GB  {parts}")
+    if args.out:
+        out = make_folder(args.out)
+        with open(out / "speed.csv", "w", newline="", encoding="utf-8") as file:
+            columns = dict.fromkeys(key for row in table for key in row)
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(table)
+        speed_picture(table, out / "speed.png")
+        print(f"{out}: speed.csv, speed.png")
+
+
+def speed_picture(table: list[dict], path: Path) -> None:
+    """Time, memory and multiply-adds over the pixels of an image, a line per method."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(12, 3.8), dpi=100, layout="constrained")
+    for axis, key in zip(figure.subplots(1, 3), ("ms", "peak GB", "GMACs")):
+        for classes in dict.fromkeys(row["classes"] for row in table):
+            for spec in dict.fromkeys(row["method"] for row in table):
+                rows = [row for row in table if row["method"] == spec
+                        and row["classes"] == classes]
+                pixels = [math.prod(map(int, row["size"].split("x"))) / 1e6
+                          for row in rows]
+                axis.plot(pixels, [row[key] for row in rows], "o-",
+                          label=f"{spec}, {classes} classes")
+        axis.set(xlabel="megapixels", ylabel=key, xlim=(0, None), ylim=(0, None))
+        axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+    figure.savefig(path)
+
+
 # --- Command line --------------------------------------------------------------------
 
 
@@ -1378,8 +1551,8 @@ def predict_options(shown: argparse.ArgumentParser) -> None:
 def parse(argv=None):
     parser = Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    commands = parser.add_subparsers(required=True,
-                                     metavar="score|predict|explain|cost|table|compare")
+    commands = parser.add_subparsers(
+        required=True, metavar="score|predict|explain|cost|table|compare|speed")
     common = argparse.ArgumentParser(add_help=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     common.add_argument("--device", default=device, help=f"default {device}")
@@ -1425,7 +1598,36 @@ def parse(argv=None):
     compare.add_argument("--out", default="compare", metavar="DIR",
                          help="for compare.json, .csv and .png (default compare)")
     compare.set_defaults(command=command_compare)
+    speed_options(commands.add_parser("speed", parents=[common],
+                                      help="time and memory of methods, side by side"))
     return parser.parse_args(argv)
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """For argparse: "512x1024" -> (512, 1024); every side has 32 pixels or more."""
+    H, W = map(number(int, 32), text.split("x"))
+    return H, W
+
+
+def speed_options(speed: argparse.ArgumentParser) -> None:
+    speed.add_argument("methods", nargs="+", metavar="METHOD",
+                       help="as nrd or nrd:bilinear; the first one is the measure")
+    speed.add_argument("--size", nargs="+", type=image_size, default=[(512, 1024)],
+                       metavar="HxW", help="of the images (default 512x1024)")
+    speed.add_argument("--classes", nargs="+", type=number(int, 1, 255), default=[19],
+                       metavar="K", help="default 19")
+    speed.add_argument("--backbone", choices=BACKBONES, default="resnet18")
+    speed.add_argument("--batch", type=number(int, 1), default=1, help="images (1)")
+    speed.add_argument("--rounds", type=number(int, 1), default=ROUNDS, metavar="N",
+                       help=f"how often each is timed ({ROUNDS})")
+    speed.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off")
+    speed.add_argument("--compile", action="store_true", help="torch.compile it first")
+    speed.add_argument("--train", action="store_true",
+                       help="forward, loss, backward and a step, not inference")
+    speed.add_argument("--json", action="store_true", help="for machines")
+    speed.add_argument("--out", metavar="DIR", help="for speed.csv and speed.png")
+    speed.add_argument("--peak", action="store_true", help=argparse.SUPPRESS)
+    speed.set_defaults(command=command_speed)
 
 
 def main(argv=None) -> int:

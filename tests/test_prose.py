@@ -212,7 +212,8 @@ def test_readme_names_files_that_exist():
         for name in re.findall(r"\]\(([\w./-]+)\)", text):
             assert (folder / name).exists(), f"a link to {name}"
         headings = re.findall(r"^## (.*)$", text, re.M)
-        anchors = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
+        anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+                   for heading in headings}
         assert set(re.findall(r"\]\(#([\w-]+)\)", text)) <= anchors
     assert len(COMMANDS) >= 8
 

@@ -1,0 +1,87 @@
+"""speed: every method has its turn in every round; parts, memory and ratios."""
+import json
+import time
+
+import pytest
+import torch
+from PIL import Image
+
+import common
+import evaluate
+from conftest import call_evaluate
+
+pytestmark = pytest.mark.usefixtures("one_thread", "thin")
+
+
+@pytest.fixture(autouse=True)
+def no_processes(monkeypatch):
+    """Memory is measured in processes of their own, which take seconds to start."""
+    monkeypatch.setattr(evaluate, "memory_of", lambda *_: 0.5)
+
+
+def test_methods_take_turns(monkeypatch, capsys):
+    """A machine that is slow for a second must not be slow for one method alone."""
+    turns, step = [], evaluate.speed_step
+
+    def noted(model, images, args):
+        act, name = step(model, images, args), type(model).__name__
+
+        def once():
+            turns.append(name)
+            act()
+        return once
+    monkeypatch.setattr(evaluate, "speed_step", noted)
+    call_evaluate("speed", "nrd", "sfnet", "--size", "64x96", "--rounds", 2, "--json")
+    assert turns == ["NRD", "SFNet", "SFNet", "NRD"] * 2, "first is not always first"
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["method"] for row in rows] == ["nrd", "sfnet"]
+    for row in rows:
+        assert row["low"] <= row["ms"] <= row["high"] and row["n"] == 2
+        assert row["images/s"] == pytest.approx(1000 / row["ms"])
+        assert row["GMACs/s"] == pytest.approx(row["GMACs"] * row["images/s"])
+        assert 0 < row["encoder ms"] < row["ms"] and "decoder ms" in row
+
+
+def test_parts_are_timed_where_they_run():
+    """A decoder that sleeps is a slow decoder, and its time is in the total."""
+    model = common.build_model("nrd", 3, backbone="resnet18", channels=8).eval()
+    model.decoder.register_forward_pre_hook(lambda *_: None)
+    watch = evaluate.Stopwatch(model, "cpu")
+    model.decoder.register_forward_pre_hook(lambda *_: time.sleep(0.05))
+    watch.start("total")
+    model(torch.zeros(1, 3, 64, 64))
+    watch.stop("total")
+    (total,), (decoder,) = watch.seconds["total"], watch.seconds["decoder"]
+    assert 0.05 < decoder < total
+    assert watch.seconds["encoder"][0] + decoder < total
+
+
+def test_training_steps_and_sizes_and_the_picture(tmp_path, capsys):
+    """--train needs two images; csv and picture have every size and class count."""
+    with pytest.raises(SystemExit):
+        call_evaluate("speed", "nrd", "--train", "--size", "64x64")
+    assert "--batch 2" in capsys.readouterr().err
+    call_evaluate("speed", "nrd:bilinear", "--train", "--batch", 2, "--rounds", 1,
+                  "--size", "64x64", "64x96", "--classes", 3, 5, "--out", tmp_path)
+    said = capsys.readouterr().out
+    assert "training step, batch 2" in said and said.count("nrd:bilinear") == 4
+    assert said.count("1.00x") == 4, "the measure is the first method of each size"
+    assert len((tmp_path / "speed.csv").read_text().splitlines()) == 5
+    assert Image.open(tmp_path / "speed.png").size[0] > 800
+
+
+@pytest.mark.parametrize("argv, said", [
+    (["nrd", "--size", "64"], "--size"), (["nrd", "--size", "8x8"], "at least 32"),
+    (["nrdd"], "did you mean 'nrd'")])
+def test_what_cannot_be_timed(argv, said, capsys):
+    with pytest.raises(SystemExit):
+        call_evaluate("speed", *argv)
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.thorough
+def test_memory_is_that_of_one_step(monkeypatch):
+    """A process of its own per method: what others have left does not count."""
+    monkeypatch.undo()
+    args = evaluate.parse(["speed", "nrd", "--size", "64x64"])
+    assert 0.1 < evaluate.memory_of(args, "nrd", (64, 64), 19) < 2
