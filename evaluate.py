@@ -1264,12 +1264,13 @@ def compare_picture(table: list[dict], shown: list, guesses: list, info,
     shown: [(index, image, labels)], guesses: of each one, the ids by each method.
     """
     from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
+    from matplotlib.patches import Patch, Rectangle
     columns, rows = 2 + len(table), 2 * len(shown)
     H, W = shown[0][2].shape
-    figure = Figure(figsize=(2.4 * columns, 2.4 * rows * H / W + 4.6), dpi=100,
+    heights = 2.4 * rows * H / W + 0.4, max(2.8, 0.4 * len(table) + 1)
+    figure = Figure(figsize=(2.4 * columns, sum(heights)), dpi=100,
                     layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=(2.4 * rows * H / W, 4.4))
+    upper, lower = figure.subfigures(2, 1, height_ratios=heights)
     axes = upper.subplots(rows, columns, squeeze=False)
     titles = ["image", "truth"]
     titles += [f"{row['method']}\n{row['miou']:.3f}" for row in table]
@@ -1290,9 +1291,12 @@ def compare_picture(table: list[dict], shown: list, guesses: list, info,
         axes[2 * i + 1, 0].set_ylabel("enlarged", fontsize=8)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
-    forest, cost, key = lower.subplots(1, 3, width_ratios=(3, 3, 2))
+    forest, cost, key = lower.subplots(1, 3, width_ratios=(3, 3, 1.6))
     draw_numbers(forest, cost, table)
-    key.imshow(data.legend(info, 230))
+    squares = [Patch(color=np.array(colour) / 255, label=name)
+               for name, colour in zip(info.classes, info.palette)]
+    key.legend(handles=squares[:40], loc="center", frameon=False, fontsize=8,
+               ncols=math.ceil(min(40, len(squares)) / 12))
     key.axis("off")
     figure.savefig(path)
 
@@ -1317,8 +1321,12 @@ def draw_numbers(forest, cost, table: list[dict]) -> None:
     forest.axvline(0, color="0.7", lw=1)
     forest.set_yticks(range(len(names)), names, fontsize=8)
     forest.invert_yaxis()
-    forest.set_xlabel(f"points of mIoU more than {names[0]}, 95 % intervals")
-    cost.set(xlabel="GMACs of a training crop", ylabel="mIoU", xlim=(0, None))
+    forest.margins(y=0.15)
+    forest.set_xlabel(f"points of mIoU beyond {names[0]},\n95 % interval over images",
+                      fontsize=9)
+    cost.margins(y=0.15)
+    cost.set(ylabel="mIoU", xlim=(0, 1.5 * max(row["gmacs"] for row in table)))
+    cost.set_xlabel("GMACs of a training crop", fontsize=9)
 
 
 # --- speed ---------------------------------------------------------------------------
