@@ -29,7 +29,6 @@ from __future__ import annotations
 import csv
 import math
 import os
-import shutil
 import signal
 import sys
 import unicodedata
@@ -850,7 +849,6 @@ class Batches(torch.utils.data.Sampler):
         self.length, self.batch, self.seed = length, batch, seed
         self.start, self.stop = start, stop
         self.mine = slice(rank * batch // world, (rank + 1) * batch // world)
-        self.share = self.mine.stop - self.mine.start
         self.epoch, self.order = -1, None
 
     def __len__(self) -> int:
@@ -894,30 +892,11 @@ def loader(dataset, workers: int, **options) -> torch.utils.data.DataLoader:
         generator=torch.Generator())  # of its own: it must not touch the model's
 
 
-AHEAD = 4  # batches that each loader process keeps ready
-
-
-def check_shared_memory(images: int, crop: tuple[int, int]) -> None:
-    """Images come from the loader's processes through /dev/shm, which may be small.
-
-    Docker gives it 64 MB. Without room the processes die by a signal, without a word.
-    """
-    need = images * math.prod(crop) * 13  # bytes: three float32 and a label per pixel
-    shared = Path("/dev/shm")
-    free = shutil.disk_usage(shared).free if shared.is_dir() else math.inf
-    if need > free:
-        print(f"warning: the loader processes may keep {need / 1e6:.0f} MB in "
-              f"{shared}, and {free / 1e6:.0f} MB are free: if one of them dies, give "
-              f"the container more (docker run --shm-size 4g), or pass fewer --workers",
-              file=sys.stderr)
-
-
 def train_loader(dataset, batches: Batches, *, workers: int, **augmentation):
     """Iterates over (images (B, 3, H, W) float32, labels (B, H, W) uint8)."""
-    check_shared_memory(workers * AHEAD * batches.share, augmentation["crop"])
     return loader(Augmented(dataset, seed=batches.seed, **augmentation), workers,
                   batch_sampler=batches, pin_memory=torch.cuda.is_available(),
-                  prefetch_factor=AHEAD if workers else None)
+                  prefetch_factor=4 if workers else None)
 
 
 def whole_loader(dataset, indices: list[int], batch: int, *, workers: int, upper_bound):

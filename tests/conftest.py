@@ -226,6 +226,13 @@ def bytes_of(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def flip(path):
+    """One bit, in the middle of the weights."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 def contents(folder):
     """All that a run is made of, without what a clock or the machine says."""
     def repeatable(rows):
