@@ -766,6 +766,8 @@ def explain(model: NRD, image: Tensor, *, palette=None, classes=None):
                for cell, other in zip(cells, others)]
     picture = viewable(image[0])
     colours = label_colours(palette, widths[-1])
+    told = " and ".join(["x, y"] * (decoder.coordinates is not None)
+                        + ["guidance map m"] * (decoder.guidance is not None))
 
     overview = 4.5 * H / W + 1.4  # inches: three pictures side by side, and captions
     figure = Figure(figsize=(WIDTH, overview + 8), layout="constrained")
@@ -775,11 +777,11 @@ def explain(model: NRD, image: Tensor, *, palette=None, classes=None):
                  "own, whose weights θ are predicted")
     draw_overview(above, picture, colours[final], said, cells, s)
     draw_patches(middle, picture, inputs[0], said, beside[0].argmax(0),
-                 [x[0].argmax(0) for x in far], colours, cells, s)
+                 [x[0].argmax(0) for x in far], colours, cells, s, told)
     rows, columns = block(*cells[0], s)
     layers = [x[0, :, rows, columns] for x in (inputs, *units, logits)]
     highest = layers[-1].amax((1, 2)).topk(min(16, widths[-1])).indices.sort().values
-    draw_layers(below, layers, highest, colours)
+    draw_layers(below, layers, highest, colours, told)
     seen = [highest, said, beside[0].argmax(0), *(x[0].argmax(0) for x in far)]
     class_legend(last, torch.cat([x.flatten() for x in seen]), colours, classes)
     return figure
@@ -900,30 +902,30 @@ def draw_seams(axis, said: Tensor, s: int) -> None:
 
 
 def draw_patches(figure, picture: Tensor, inputs: Tensor, said: Tensor, beside: Tensor,
-                 far: list[Tensor], colours: Tensor, cells, s: int) -> None:
-    """Per cell: pixels, what g is told of them, its patch, and those of other thetas."""
+                 far: list[Tensor], colours: Tensor, cells, s: int, told: str) -> None:
+    """Per cell: pixels, what g is told of them, its patch, those of other thetas."""
     for i, (group, cell) in enumerate(zip(figure.subfigures(1, 3, wspace=0.04), cells)):
         here = block(*cell, s)
-        # The last channels of m; x and y where g has no m.
-        told = inputs[-min(3, len(inputs)):, here[0], here[1]]
+        tile = inputs[-3:, here[0], here[1]]  # of m; x and y where g has no m
+        tile = torch.cat([tile, torch.zeros(3 - len(tile), s, s)])  # (3, s, s)
         other = LETTERS[(i + 1) % len(cells)]
-        tiles = {"pixels": picture[block(*cell, CELL)], "map m": viewable(told),
+        tiles = {"pixels": picture[block(*cell, CELL)], "told": viewable(tile),
                  "own θ": colours[said[here]], "next θ": colours[beside[here]],
                  f"θ of {other}": colours[far[i]]}
         for axis, (title, tile) in zip(group.subplots(1, len(tiles)), tiles.items()):
             panel(axis, tile, title)
         group.suptitle(f"Cell {LETTERS[i]}", fontsize=TITLE, fontweight="bold")
     change = (said != beside).float().mean()
-    footnote(figure, "At 8x8 points of its cell g is told x, y and the guidance map m, "
-             "which knows the edges (here three of its channels as red, green and "
-             "blue), and its own θ draws the patch. The last two pictures have the "
-             "same inputs under another θ, that of the cell beside or of another of "
-             "the three: m says where the edges are, θ says what is drawn. If all "
-             "cells swapped θ with the cell beside, "
-             f"{change:.0%} of the points would change class.", chars=158)
+    footnote(figure, f"At {s}x{s} points of its cell g is told {told} (in the pictures "
+             "the last channels as red, green and blue), and its own θ draws the "
+             "patch. The last two pictures have the same inputs under another θ, that "
+             "of the cell beside or of another of the three: what g is told shows "
+             "where edges are, and θ decides which classes meet there. With θ of the "
+             f"cell beside, {change:.0%} of all points change class.", chars=156)
 
 
-def draw_layers(figure, layers: list[Tensor], shown: Tensor, colours: Tensor) -> None:
+def draw_layers(figure, layers: list[Tensor], shown: Tensor, colours: Tensor,
+                told: str) -> None:
     """One cell from what g is told to the class at each of its points, 4 maps high.
 
     Of the logits those of the classes `shown`.
@@ -933,12 +935,12 @@ def draw_layers(figure, layers: list[Tensor], shown: Tensor, colours: Tensor) ->
     layers = [*layers[:-1], logits[shown]]
     widths = [math.ceil(len(x) / 4) for x in layers]
     texts = [("What g is told", "standard deviations",
-              "First x and y, alike in all cells, then the channels of m."),
+              f"The points of cell A are described to g by {told}."),
              ("Hidden units, first", "after the ReLU",
-              "Sums of what g is told, with weights from θ; black is off."),
+              "θ weighs what g is told, and black units are off."),
              ("Hidden units, second", "after the ReLU",
-              "Sums of the first units, again with weights from θ."),
-             ("Logits", "logit", "One map per class, in a frame of its colour.")]
+              "θ weighs the first units in the same way."),
+             ("Logits", "logit", "Each class has a map, framed in its colour.")]
     axes = figure.subplots(1, len(layers) + 1, width_ratios=[*widths, 4])
     for axis, x, width, (title, unit, caption) in zip(axes, layers, widths, texts):
         high = x.abs().max().item()
@@ -949,9 +951,9 @@ def draw_layers(figure, layers: list[Tensor], shown: Tensor, colours: Tensor) ->
     step = logits.shape[-1] + 1  # from one map of the mosaic to the next
     for i, k in enumerate(shown.tolist()):
         corner = (i % widths[-1] * step - 0.5, i // widths[-1] * step - 0.5)
-        axes[-2].add_patch(Rectangle(corner, step - 1, step - 1, fill=False, linewidth=3,
+        axes[-2].add_patch(Rectangle(corner, step - 1, step - 1, fill=False,
                                      edgecolor=(colours[k] / 255).tolist(),
-                                     clip_on=False))
+                                     linewidth=3, clip_on=False))
     panel(axes[-1], colours[logits.argmax(0)], "Patch of cell A",
           "At each point the class with the largest logit wins.", chars=28)
 
