@@ -585,7 +585,7 @@ def describe(axis, title: str, caption: str = "", *, chars=40, unit="") -> None:
 def panel(axis, picture: Tensor, title: str, caption: str = "", *, chars=40, **options):
     """One tensor (h, w) or (h, w, 3) as a picture with its title and its caption."""
     drawn = axis.imshow(picture.numpy(), interpolation="nearest", **options)
-    axis.set(xticks=[], yticks=[])
+    axis.set(xticks=[], yticks=[], anchor="N")  # neighbours begin at one height
     axis.spines[:].set_visible(False)
     describe(axis, title, caption, chars=chars)
     return drawn
@@ -605,7 +605,7 @@ def colour_bar(drawn, unit: str, caption: str = "", *, chars=40) -> None:
     """What the shades of a picture mean, in numbers, and the caption, below it."""
     axis = drawn.axes
     bar = axis.figure.colorbar(drawn, ax=axis, location="bottom", pad=0.03, aspect=25,
-                               fraction=0.05)
+                               fraction=0.05, panchor=False)
     text = "\n".join([unit, *textwrap.wrap(caption, chars)])
     bar.set_label(text, fontsize=TEXT, loc="left", ma="left")
     bar.ax.tick_params(labelsize=TEXT)

@@ -132,7 +132,7 @@ mmsegmentation, in which NRD's authors ran the DeepLabv3+ that they compare with
         Effect: Not measured.
 
 Run
-    python deeplabv3plus.py                    shapes and costs, seconds on a CPU
+    python deeplabv3plus.py FILE.png           shapes, and the picture of `explain`
     python train.py --method deeplabv3plus     on procedural streets, minutes
     python train.py --method deeplabv3plus --dataset cityscapes --data-root DIR
 """
@@ -526,7 +526,7 @@ def explain(model: DeepLabv3Plus, image: Tensor, *, palette=None, classes=None):
     picture = viewable(image[0])
     colours = label_colours(palette, logits.shape[1])
 
-    row = 3.4 * H / W + 2.3  # inches: four pictures side by side, and captions
+    row = 3.4 * H / W + 2.1  # inches: four pictures side by side, and captions
     figure = Figure(figsize=(WIDTH, 2 * row + 1), layout="constrained")
     top, above, below, names = figure.subfigures(4, 1, height_ratios=(0.4, row, row,
                                                                       0.5))
@@ -587,8 +587,10 @@ def changed_by_distance(labels: Tensor, without: Tensor) -> list[float]:
     shares = []
     inner = torch.zeros_like(near)
     for distance in DISTANCES:
-        side = 2 * distance - 1  # distance 1: the pixels of the boundary themselves
-        outer = F.max_pool2d(near[None].float(), side, 1, side // 2)[0] > 0
+        reach = distance - 1  # distance 1: the pixels of the boundary themselves
+        side = 2 * reach + 1
+        outer = F.max_pool2d(near[None].float(), (side, 1), 1, (reach, 0))
+        outer = F.max_pool2d(outer, (1, side), 1, (0, reach))[0] > 0
         shares.append(changed[outer & ~inner].float().mean().nan_to_num().item())
         inner = outer
     return [*shares, changed[~inner].float().mean().nan_to_num().item()]
@@ -605,8 +607,8 @@ def draw_features(figure, picture: Tensor, up: Tensor, low: Tensor,
               "of the image: it is smooth and blurs every edge."),
              (low, f"{low.shape[1]} low-level channels", "They come from early layers "
               "at 1/4 of the image, and answer to edges and colours."),
-             (refined, "Both, refined", "Convolutions read both side by side, so that "
-              "areas can end where edges are."))
+             (refined, "Both, refined", "Convolutions read both, so that areas can end "
+              "where edges are."))
     for axis, (x, title, caption) in zip(axes[1:], shown):
         drawn = panel(axis, size_of_numbers(x), title)
         colour_bar(drawn, "root mean square of channels", caption, chars=32)
@@ -620,8 +622,8 @@ def draw_difference(figure, picture: Tensor, labels: Tensor, without: Tensor,
     panel(axes[0], colours[labels], "Labels",
           "This is the prediction, for which context and low-level channels decide "
           "together.", chars=34)
-    panel(axes[1], colours[without], "Labels without edges",
-          "Here every low-level channel has its mean over the image everywhere, so "
+    panel(axes[1], colours[without], "Without low-level",
+          "Here each low-level channel is its mean over the image at every place: "
           "the context alone decides.", chars=34)
     grey = 0.5 + 0.5 * picture.mean(2, keepdim=True).expand(-1, -1, 3)
     black = torch.zeros(3)

@@ -182,7 +182,7 @@ there is no `convert`: no checkpoint exists that it could translate.
                paper's VOC: 99.90 and 94.80, 99.95 and 98.40).
 
 Run
-    python dupsampling.py                      shapes and costs, seconds on a CPU
+    python dupsampling.py FILE.png             shapes, and the picture of `explain`
     python train.py --method dupsampling       on procedural streets, minutes
     python train.py --method dupsampling --dataset cityscapes --data-root DIR
     python train.py --method dupsampling:no-fusion --backbone labels    upper bound
@@ -753,7 +753,7 @@ def explain(model: DUpsampling, image: Tensor, *, palette=None, classes=None):
     picture = viewable(image[0])
     colours = label_colours(palette, K)
 
-    overview = 4.5 * height / width + 1.4  # inches: three pictures side by side
+    overview = 4.5 * height / width + 1.6  # inches: three pictures side by side
     figure = Figure(figsize=(WIDTH, overview + 9), layout="constrained")
     top, above, middle, below, names = figure.subfigures(
         5, 1, height_ratios=(0.4, overview, 4.7, 3.4, 0.5))
@@ -834,7 +834,7 @@ def draw_overview(figure, picture: Tensor, labels: Tensor, rebuilt: list[Tensor]
     right.spines[["top", "right"]].set_visible(False)
     describe(right, "Pixels rebuilt right, in %",
              f"These labels are compressed from {len(colours) * r * r} to E numbers "
-             "per window and drawn again: the sooner the curve is high, the simpler the "
+             "per window and drawn again: the sooner the curve is high, the simpler "
              "windows are.",
              unit="components E (columns of W that are used)", chars=46)
 

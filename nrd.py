@@ -192,7 +192,7 @@ mmsegmentation. GMACs are those of 1024x2048 pixels, ResNet-50 and 19 classes.
                tests/test_nrd.py).
 
 Run
-    python nrd.py                              shapes and costs, seconds on a CPU
+    python nrd.py FILE.png                     shapes, and the picture of `explain`
     python train.py                            NRD on procedural streets, minutes
     python train.py --method nrd --dataset cityscapes --data-root DIR
 """
@@ -756,34 +756,41 @@ def explain(model: NRD, image: Tensor, *, palette=None, classes=None):
         theta = decoder.controller(model.context(features["res5"]))
         inputs = decoder.inputs_of_g(features["res2"], theta)
         units, logits = layers_of_g(theta, inputs, widths)
-        said = logits[0].argmax(0)  # the class at every point of every cell
         final = model.to_pixels(logits, (H, W))[0].argmax(0)
+        said = logits[0].argmax(0)  # the class at every point of every cell
         planes = one_hot(said[None], widths[-1])[0]
         cells = cells_that_differ(planes, s, H // CELL, W // CELL)
+        # The same inputs under the theta of the cell beside, or of another of the three
         beside = represent(of_the_cell_beside(theta), inputs, widths=widths)
-        others = cells[1:] + cells[:1]
-        far = [g_of_another_cell(theta, inputs, widths, cell, other)
-               for cell, other in zip(cells, others)]
+        beside = beside[0].argmax(0)
+        others = [g_of_another_cell(theta, inputs, widths, cell, other)[0].argmax(0)
+                  for cell, other in zip(cells, cells[1:] + cells[:1])]
     picture = viewable(image[0])
     colours = label_colours(palette, widths[-1])
     told = " and ".join(["x, y"] * (decoder.coordinates is not None)
                         + ["guidance map m"] * (decoder.guidance is not None))
-
-    overview = 4.5 * H / W + 1.4  # inches: three pictures side by side, and captions
-    figure = Figure(figsize=(WIDTH, overview + 8), layout="constrained")
-    top, above, middle, below, last = figure.subfigures(
-        5, 1, height_ratios=(0.4, overview, 2.35, 4.7, 0.55))
-    heading(top, "NRD: every cell of 32x32 pixels is drawn by a tiny network g of its "
-                 "own, whose weights θ are predicted")
-    draw_overview(above, picture, colours[final], said, cells, s)
-    draw_patches(middle, picture, inputs[0], said, beside[0].argmax(0),
-                 [x[0].argmax(0) for x in far], colours, cells, s, told)
+    tiles = [{"pixels": picture[block(*cell, CELL)],
+              "told": viewable(last_three(inputs[0])[:, rows, columns]),
+              "own θ": colours[said[rows, columns]],
+              "next θ": colours[beside[rows, columns]],
+              "θ of another": colours[other]}
+             for cell, other in zip(cells, others)
+             for rows, columns in [block(*cell, s)]]
     rows, columns = block(*cells[0], s)
     layers = [x[0, :, rows, columns] for x in (inputs, *units, logits)]
     highest = layers[-1].amax((1, 2)).topk(min(16, widths[-1])).indices.sort().values
+
+    overview = 4.5 * H / W + 1.4  # inches: three pictures side by side, and captions
+    figure = Figure(figsize=(WIDTH, overview + 7.6), layout="constrained")
+    top, above, middle, below, names = figure.subfigures(
+        5, 1, height_ratios=(0.4, overview, 2.3, 4.45, 0.45))
+    heading(top, "NRD: every cell of 32x32 pixels is drawn by a tiny network g of its "
+                 "own, whose weights θ are predicted")
+    draw_overview(above, picture, colours[final], said, cells, s)
+    draw_patches(middle, tiles, told, (said != beside).float().mean())
     draw_layers(below, layers, highest, colours, told)
-    seen = [highest, said, beside[0].argmax(0), *(x[0].argmax(0) for x in far)]
-    class_legend(last, torch.cat([x.flatten() for x in seen]), colours, classes)
+    seen = torch.cat([x.flatten() for x in (highest, said, beside, *others)])
+    class_legend(names, seen, colours, classes)
     return figure
 
 
@@ -818,6 +825,13 @@ def g_of_another_cell(theta: Tensor, inputs: Tensor, widths: tuple[int, ...],
     told = inputs[:, :, rows, columns]
     logits = represent(theta, told, widths=widths)  # (B, K, s, s)
     return logits
+
+
+def last_three(inputs: Tensor) -> Tensor:
+    """Three maps to show as red, green and blue: of m, or x and y without m."""
+    I, rows, columns = inputs.shape
+    shown = torch.cat([inputs, inputs.new_zeros(2, rows, columns)])
+    return shown[I - 3:I] if I >= 3 else shown[:3]
 
 
 def block(row: int, column: int, side: int) -> tuple[slice, slice]:
@@ -869,14 +883,19 @@ def draw_overview(figure, picture: Tensor, labels: Tensor, said: Tensor, cells,
     panel(centre, labels, "Predicted labels, cell by cell",
           "Each cell is drawn by itself: outlines go on across the white grid only as "
           "far as neighbouring networks agree.", chars=46)
-    for at in range(CELL, labels.shape[1], CELL):
-        centre.axvline(at - 0.5, color="white", linewidth=0.8)
-    for at in range(CELL, labels.shape[0], CELL):
-        centre.axhline(at - 0.5, color="white", linewidth=0.8)
+    draw_grid(centre, labels.shape, CELL, "white")
     for axis in (left, centre):
         for letter, (row, column) in zip(LETTERS, cells):
             mark(axis, row * CELL, column * CELL, CELL, letter)
     draw_seams(right, said, s)
+
+
+def draw_grid(axis, shape: tuple[int, ...], side: int, colour: str) -> None:
+    """Thin lines between cells that have `side` positions a side."""
+    for at in range(side, shape[1], side):
+        axis.axvline(at - 0.5, color=colour, linewidth=0.8, zorder=1)
+    for at in range(side, shape[0], side):
+        axis.axhline(at - 0.5, color=colour, linewidth=0.8, zorder=1)
 
 
 def draw_seams(axis, said: Tensor, s: int) -> None:
@@ -899,27 +918,22 @@ def draw_seams(axis, said: Tensor, s: int) -> None:
           f"border of cells (thick) and at {inside:.0%} inside cells (thin): equal "
           "shares would mean no seams.", chars=46)
     axis.spines[:].set_visible(True)
+    draw_grid(axis, said.shape, s, "0.85")
 
 
-def draw_patches(figure, picture: Tensor, inputs: Tensor, said: Tensor, beside: Tensor,
-                 far: list[Tensor], colours: Tensor, cells, s: int, told: str) -> None:
+def draw_patches(figure, tiles: list[dict[str, Tensor]], told: str,
+                 change: Tensor) -> None:
     """Per cell: pixels, what g is told of them, its patch, those of other thetas."""
-    for i, (group, cell) in enumerate(zip(figure.subfigures(1, 3, wspace=0.04), cells)):
-        here = block(*cell, s)
-        tile = inputs[-3:, here[0], here[1]]  # of m; x and y where g has no m
-        tile = torch.cat([tile, torch.zeros(3 - len(tile), s, s)])  # (3, s, s)
-        other = LETTERS[(i + 1) % len(cells)]
-        tiles = {"pixels": picture[block(*cell, CELL)], "told": viewable(tile),
-                 "own θ": colours[said[here]], "next θ": colours[beside[here]],
-                 f"θ of {other}": colours[far[i]]}
-        for axis, (title, tile) in zip(group.subplots(1, len(tiles)), tiles.items()):
-            panel(axis, tile, title)
+    for i, (group, row) in enumerate(zip(figure.subfigures(1, 3, wspace=0.04), tiles)):
+        for axis, (title, tile) in zip(group.subplots(1, len(row)), row.items()):
+            other = LETTERS[(i + 1) % len(tiles)]
+            panel(axis, tile, title.replace("another", other))
         group.suptitle(f"Cell {LETTERS[i]}", fontsize=TITLE, fontweight="bold")
-    change = (said != beside).float().mean()
-    footnote(figure, f"At {s}x{s} points of its cell g is told {told} (in the pictures "
-             "the last channels as red, green and blue), and its own θ draws the "
-             "patch. The last two pictures have the same inputs under another θ, that "
-             "of the cell beside or of another of the three: what g is told shows "
+    side = len(tiles[0]["told"])
+    footnote(figure, f"At {side}x{side} points of its cell g is told {told} (in the "
+             "pictures the last channels as red, green and blue), and its own θ draws "
+             "the patch. The last two pictures have the same inputs under another θ, "
+             "that of the cell beside or of another of the three: what g is told shows "
              "where edges are, and θ decides which classes meet there. With θ of the "
              f"cell beside, {change:.0%} of all points change class.", chars=156)
 
