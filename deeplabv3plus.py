@@ -132,18 +132,21 @@ mmsegmentation, in which NRD's authors ran the DeepLabv3+ that they compare with
         Effect: Not measured.
 
 Run
-    python deeplabv3plus.py                    shapes and costs, seconds on a CPU
+    python deeplabv3plus.py FILE.png           shapes, and the picture of `explain`
     python train.py --method deeplabv3plus     on procedural streets, minutes
     python train.py --method deeplabv3plus --dataset cityscapes --data-root DIR
 """
 from __future__ import annotations
 
+import sys
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import (ASPP, Encoder, UserError, conv_bn_relu, fcn_heads, label_colours,
-                    print_costs, separable_conv, show, torchvision_names, upsample,
+from common import (ASPP, WIDTH, Encoder, UserError, class_legend, colour_bar,
+                    conv_bn_relu, describe, fcn_heads, heading, label_colours, panel,
+                    separable_conv, synthetic_scene, torchvision_names, upsample,
                     viewable)
 
 # --- 1. Config -----------------------------------------------------------------------
@@ -501,53 +504,165 @@ def convert(state: dict, model: DeepLabv3Plus) -> dict:
 # --- 5. Explain ----------------------------------------------------------------------
 
 
-def explain(model: DeepLabv3Plus, image: Tensor, *, palette=None):
-    """Fig. 2 from the model's own tensors: where context ends and edges begin.
+def explain(model: DeepLabv3Plus, image: Tensor, *, palette=None, classes=None):
+    """Fig. 2 from the model's own tensors: what the low-level channels add.
 
-    image (1, 3, H, W), normalised -> matplotlib Figure. It shows the energy (mean
-    square over channels) of the enlarged context, of the 48 low-level channels, and of
-    what the two 3x3 convolutions make of both; and last the predicted labels.
+    image (1, 3, H, W), normalised -> matplotlib Figure. Above: the image and the mean
+    size of the numbers in the enlarged context, in the 48 low-level channels and in
+    what the 3x3 convolutions make of both. Below: the labels with the low-level
+    channels and without, where every channel has its mean over the image instead, and
+    where the two differ. `palette` and `classes` have a colour and a name per class.
     """
     from matplotlib.figure import Figure
     decoder = model.decoder
     if not isinstance(decoder, DeepLabv3PlusDecoder):
         raise UserError("nothing to explain: this variant has no decoder")
+    H, W = image.shape[-2:]
     with torch.no_grad():
-        features = model.encoder(image)
-        context = model.context(features["res5"])
-        low = decoder.reduce(features["res2"])
-        up = upsample(context, decoder.factor, low.shape[-2:])
-        refined = decoder.refine(torch.cat([up, low], dim=1))
-        labels = model(image)["out"][0].argmax(0)
-    energy = lambda maps: maps[0].square().mean(0)  # many channels -> one picture
-    classifier = decoder.classify[-1]
-    colours = label_colours(palette, classifier.out_channels)
-    pictures = {"image": viewable(image[0]),
-                "context, enlarged": energy(up),
-                f"low-level, {low.shape[1]} channels": energy(low),
-                "refined": energy(refined),
-                "labels": colours[labels]}
-    figure = Figure(figsize=(14, 2.2), layout="constrained")
-    for axis, name in zip(figure.subplots(1, len(pictures)), pictures):
-        show(axis, pictures[name], name)
+        up, low, refined, logits = steps_of_decoder(model, image)
+        labels = model.to_pixels(logits, (H, W))[0].argmax(0)
+        _, _, _, logits = steps_of_decoder(model, image, flat=True)
+        without = model.to_pixels(logits, (H, W))[0].argmax(0)
+    picture = viewable(image[0])
+    colours = label_colours(palette, logits.shape[1])
+
+    row = 3.4 * H / W + 2.1  # inches: four pictures side by side, and captions
+    figure = Figure(figsize=(WIDTH, 2 * row + 1), layout="constrained")
+    top, above, below, names = figure.subfigures(4, 1, height_ratios=(0.4, row, row,
+                                                                      0.5))
+    heading(top, "DeepLabv3+: enlarge what the coarse map knows, and put beside it "
+            f"{low.shape[1]} early channels that know the edges")
+    draw_features(above, picture, up, low, refined, model.encoder.output_stride)
+    draw_difference(below, picture, labels, without, colours)
+    class_legend(names, torch.cat([labels, without]), colours, classes)
     return figure
+
+
+def steps_of_decoder(model: DeepLabv3Plus, image: Tensor, *, flat=False):
+    """The decoder's own layers one by one: both that it joins, refined, logits.
+
+    `flat` puts every low-level channel's mean over the image into the place of that
+    channel: what remains of it has no edges.
+    """
+    decoder = model.decoder
+    seen = {}
+
+    def flatten(layer, args, low):
+        return low.mean((2, 3), keepdim=True).expand_as(low) if flat else None
+
+    def remember(layer, args, result):
+        seen["both"], seen["refined"] = args[0], result
+
+    handles = [decoder.reduce.register_forward_hook(flatten),
+               decoder.refine.register_forward_hook(remember)]
+    logits, _ = model.decode(image)
+    for handle in handles:
+        handle.remove()
+    L = decoder.reduce[0].out_channels
+    return seen["both"][:, :-L], seen["both"][:, -L:], seen["refined"], logits
+
+
+def size_of_numbers(x: Tensor) -> Tensor:
+    """Root of the mean square over channels, a picture (q, r) of maps (1, C, q, r)."""
+    return x[0].square().mean(0).sqrt()
+
+
+DISTANCES = (1, 2, 4, 8, 16, 32)
+
+
+def changed_by_distance(labels: Tensor, without: Tensor) -> list[float]:
+    """Share of changed pixels among those up to 1, 2, 4, .. pixels from a boundary.
+
+    The last number is the share of those that are farther away than all DISTANCES. A
+    boundary are both pixels of every pair of neighbours whose classes differ.
+    """
+    near = torch.zeros_like(labels, dtype=torch.bool)
+    down = labels[1:] != labels[:-1]
+    near[1:] |= down
+    near[:-1] |= down
+    along = labels[:, 1:] != labels[:, :-1]
+    near[:, 1:] |= along
+    near[:, :-1] |= along
+    changed = labels != without
+    shares = []
+    inner = torch.zeros_like(near)
+    for distance in DISTANCES:
+        reach = distance - 1  # distance 1: the pixels of the boundary themselves
+        side = 2 * reach + 1
+        outer = F.max_pool2d(near[None].float(), (side, 1), 1, (reach, 0))
+        outer = F.max_pool2d(outer, (1, side), 1, (0, reach))[0] > 0
+        shares.append(changed[outer & ~inner].float().mean().nan_to_num().item())
+        inner = outer
+    return [*shares, changed[~inner].float().mean().nan_to_num().item()]
+
+
+def draw_features(figure, picture: Tensor, up: Tensor, low: Tensor,
+                  refined: Tensor, stride: int) -> None:
+    """The image, and where the numbers of the decoder's three tensors are large."""
+    axes = figure.subplots(1, 4)
+    panel(axes[0], picture, "Image",
+          f"The coarse map has one position for {stride}x{stride} of these pixels, and "
+          "edges are lost in it.", chars=34)
+    shown = ((up, "Context, enlarged", "A bilinear step brings the coarse map to 1/4 "
+              "of the image: it is smooth and blurs every edge."),
+             (low, f"{low.shape[1]} low-level channels", "They come from early layers "
+              "at 1/4 of the image, and answer to edges and colours."),
+             (refined, "Both, refined", "Convolutions read both, so that areas can end "
+              "where edges are."))
+    for axis, (x, title, caption) in zip(axes[1:], shown):
+        drawn = panel(axis, size_of_numbers(x), title)
+        colour_bar(drawn, "root mean square of channels", caption, chars=32)
+
+
+def draw_difference(figure, picture: Tensor, labels: Tensor, without: Tensor,
+                    colours: Tensor) -> None:
+    """Labels with and without the low-level channels, and where they differ."""
+    axes = figure.subplots(1, 4)
+    changed = labels != without
+    panel(axes[0], colours[labels], "Labels",
+          "This is the prediction, for which context and low-level channels decide "
+          "together.", chars=34)
+    panel(axes[1], colours[without], "Without low-level",
+          "Here each low-level channel is its mean over the image at every place: "
+          "the context alone decides.", chars=34)
+    grey = 0.5 + 0.5 * picture.mean(2, keepdim=True).expand(-1, -1, 3)
+    black = torch.zeros(3)
+    panel(axes[2], torch.where(changed[..., None], black, grey), "What they change",
+          f"Black pixels, {changed.float().mean():.1%} of all, change class without "
+          "the low-level channels.", chars=34)
+    shares = [100 * share for share in changed_by_distance(labels, without)]
+    names = [*map(str, DISTANCES), "more"]
+    axes[3].bar(names, shares, color="0.4")
+    axes[3].spines[["top", "right"]].set_visible(False)
+    describe(axes[3], "Changed pixels, in %",
+             "Where the bars are high, the low-level channels decide, where they are "
+             "low, the context does.",
+             unit="up to .. pixels from a class boundary", chars=34)
 
 
 # --- 6. Demo -------------------------------------------------------------------------
 
 
-def demo() -> None:
-    """The way of one small image through DeepLabv3+, and what each variant costs."""
-    model = build(19, backbone="resnet18").eval()
-    image = torch.randn(1, 3, 96, 160)
-    features = model.encoder(image)
-    context = model.context(features["res5"])
-    logits = model.decoder(context, features)
+def demo(file: str = "") -> None:
+    """The way of one small image through DeepLabv3+; its picture, if a file is named.
+
+    Nothing is trained here, so the picture shows what comes by chance.
+    """
+    model = build(19, backbone="resnet18", **FROM_SCRATCH).eval()
+    image = synthetic_scene(96, 160)
+    with torch.no_grad():
+        features = model.encoder(image)
+        context = model.context(features["res5"])
+        logits = model.decoder(context, features)
+        out = model(image)["out"]
     for name, x in {"image": image, **features, "context": context, "logits": logits,
-                    "out": model(image)["out"]}.items():
+                    "out": out}.items():
         print(f"{name:<8} {tuple(x.shape)}")
-    print_costs("deeplabv3plus", (1024, 2048))
+    if file:
+        explain(model, image).savefig(file, dpi=100)
+        print(f"picture of the untrained network: {file}")
+    print("costs: python evaluate.py cost deeplabv3plus")
 
 
 if __name__ == "__main__":
-    demo()
+    demo(*sys.argv[1:2])

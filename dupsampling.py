@@ -182,7 +182,7 @@ there is no `convert`: no checkpoint exists that it could translate.
                paper's VOC: 99.90 and 94.80, 99.95 and 98.40).
 
 Run
-    python dupsampling.py                      shapes and costs, seconds on a CPU
+    python dupsampling.py FILE.png             shapes, and the picture of `explain`
     python train.py --method dupsampling       on procedural streets, minutes
     python train.py --method dupsampling --dataset cityscapes --data-root DIR
     python train.py --method dupsampling:no-fusion --backbone labels    upper bound
@@ -190,15 +190,18 @@ Run
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import (ASPP, LABELS, UserError, conv_bn_relu, fcn_heads, full_precision,
-                    label_colours, make_encoder, one_hot, print_costs, repeat_border,
-                    separable_conv, show, upsample, viewable)
+from common import (ASPP, LABELS, TEXT, TITLE, WIDTH, UserError, class_legend,
+                    conv_bn_relu, describe, farthest_points, fcn_heads, footnote,
+                    full_precision, heading, label_colours, make_encoder, mark, one_hot,
+                    panel, repeat_border, separable_conv, synthetic_scene, upsample,
+                    viewable)
 
 # torch says this at every use of the sparse matrices that the PCA is made of.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
@@ -722,15 +725,14 @@ def pretrain_loss(model: DUpsampling, images: Tensor, labels: Tensor) -> Tensor:
 # --- 5. Explain ----------------------------------------------------------------------
 
 
-def explain(model: DUpsampling, image: Tensor, *, palette=None):
+def explain(model: DUpsampling, image: Tensor, *, palette=None, classes=None):
     """What W knows and what the network says: Fig. 3 from the model's own tensors.
 
-    image (1, 3, H, W), normalised -> matplotlib Figure. Above: the image, the first
-    three numbers of F as colours, the labels that W draws of them, and those labels
-    compressed again (Y~). Where the second and the fourth picture differ, the network
-    says numbers that no picture of labels would give. Below: the first eight columns of
-    W as windows of labels. Each pixel has the colour of the class that it speaks for
-    most, and it is bright where its number is large.
+    image (1, 3, H, W), normalised -> matplotlib Figure. Above: three windows in the
+    image and in the labels, and how many components rebuild those labels. Middle: the
+    three windows rebuilt by ever more columns of W, and what the network says of the
+    first. Below: columns of W. `palette` and `classes` have a colour and a name per
+    class.
     """
     from matplotlib.figure import Figure
     if not isinstance(model.decoder, DUpsamplingDecoder):
@@ -738,33 +740,192 @@ def explain(model: DUpsampling, image: Tensor, *, palette=None):
     last = model.decoder.dupsample
     K = last.num_classes
     r = last.ratio
+    W = last.W.detach()
+    height, width = image.shape[-2:]
+    counts = component_counts(W.shape[1])
     with torch.no_grad():
         said, _ = model.decode(image)
-        labels = model.to_pixels(said, image.shape[-2:]).argmax(1)
-        again = compress(labels, last.W, last.mean, num_classes=K, ratio=r)
+        labels = model.to_pixels(said, (height, width)).argmax(1)
+        again = compress(labels, W, last.mean, num_classes=K, ratio=r)
+        rebuilt = [rebuild(labels, W[:, :E], last.mean, num_classes=K, ratio=r)[0]
+                   for E in counts]
+    chosen = windows_that_differ(labels[0], again[0], r, height // r, width // r)
+    picture = viewable(image[0])
     colours = label_colours(palette, K)
-    figure = Figure(figsize=(13, 4.4), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=(1.2, 1))
-    pictures = {"image": viewable(image[0]), "F, first three": viewable(said[0, :3]),
-                "labels that W draws": colours[labels[0]],
-                "Y~ of these labels": viewable(again[0, :3])}
-    for axis, title in zip(above.subplots(1, 4), pictures):
-        show(axis, pictures[title], title)
-    for i, axis in enumerate(below.subplots(1, 8)):
-        window = last.W[:, i].detach().reshape(K, r, r)
-        size, classes = window.abs().max(0)
-        brightness = (size / size.max())[..., None]
-        show(axis, (colours[classes] * brightness).byte(), f"column {i} of W")
+
+    overview = 4.5 * height / width + 1.6  # inches: three pictures side by side
+    figure = Figure(figsize=(WIDTH, overview + 9), layout="constrained")
+    top, above, middle, below, names = figure.subfigures(
+        5, 1, height_ratios=(0.4, overview, 4.7, 3.4, 0.5))
+    heading(top, f"DUpsampling: say {W.shape[1]} numbers per window of {r}x{r} pixels, "
+            "and let a matrix W, learned from labels alone, draw it")
+    draw_overview(above, picture, labels[0], rebuilt, counts, chosen, colours, r)
+    table, chart = middle.subfigures(1, 2, width_ratios=(2, 1))
+    draw_windows(table, labels[0], rebuilt, counts, chosen, colours, r)
+    draw_code(chart, said[0], again[0], chosen[0], last.temperature)
+    draw_columns(below, W, last.mean, colours, r)
+    class_legend(names, torch.cat([labels, *(x[None] for x in rebuilt)]), colours,
+                 classes)
     return figure
+
+
+def component_counts(E: int) -> list[int]:
+    """1, 2, 4, .. and all of E."""
+    return sorted({2**i for i in range(E.bit_length())} | {E})
+
+
+def rebuild(labels: Tensor, W: Tensor, mean: Tensor, *, num_classes: int,
+            ratio: int) -> Tensor:
+    """Labels (B, H, W) compressed by the columns of W and drawn again, (B, H, W).
+
+    What was taken off before the compression, the mean, is added again.  [N2]
+    """
+    rows, columns = labels.shape[-2:]
+    x = compress(labels, W, mean, num_classes=num_classes, ratio=ratio)
+    drawn = decompress(x, W, ratio=ratio)
+    drawn = drawn + mean.reshape(-1, ratio, ratio).tile(x.shape[-2:])
+    return drawn[..., :rows, :columns].argmax(1)
+
+
+def window_at(row: int, column: int, r: int) -> tuple[slice, slice]:
+    return slice(row * r, row * r + r), slice(column * r, column * r + r)
+
+
+def windows_that_differ(labels: Tensor, code: Tensor, r: int, h: int,
+                        w: int) -> list[tuple[int, int]]:
+    """Row and column of three windows, the first with the smallest share of one class.
+
+    The other two are the farthest from those before by their code (E, h, w). Its
+    distances are nearly those of the windows, because W's columns are orthonormal.
+    Windows of one class alone are left out if there are others.
+    """
+    patches = windows(labels[:h * r, :w * r], r)  # (h*w, r*r)
+    largest = (patches == patches.mode(1, keepdim=True).values).float().mean(1)
+    mixed = (largest < 0.9).nonzero()[:, 0]
+    if len(mixed) < 3:
+        mixed = torch.arange(h * w)
+    codes = code[:, :h, :w].flatten(1).T[mixed]
+    chosen = farthest_points(codes, 3, int(largest[mixed].argmin()))
+    return [divmod(window, w) for window in mixed[chosen].tolist()]
+
+
+LETTERS = "ABC"
+
+
+def draw_overview(figure, picture: Tensor, labels: Tensor, rebuilt: list[Tensor],
+                  counts: list[int], chosen, colours: Tensor, r: int) -> None:
+    """Where the windows lie, what is drawn, and how well E components rebuild that."""
+    left, centre, right = figure.subplots(1, 3)
+    panel(left, picture, "Image and three of its windows",
+          f"The network sees the image at stride {r}: of a window of {r}x{r} pixels it "
+          "can only say a list of numbers.", chars=46)
+    panel(centre, colours[labels], "Labels that W draws",
+          "W turns the numbers of each window into its labels, without looking at the "
+          "image or at other windows.", chars=46)
+    for axis in (left, centre):
+        for letter, (row, column) in zip(LETTERS, chosen):
+            mark(axis, row * r, column * r, r, letter)
+    right_pixels = [(x == labels).float().mean().item() * 100 for x in rebuilt]
+    right.plot(counts, right_pixels, "o-", color="black")
+    right.set_xscale("log", base=2)
+    right.set_xticks(counts, [str(E) for E in counts])
+    right.set_ylim(min(right_pixels) - 3, 103)
+    right.grid(color="0.9")
+    right.spines[["top", "right"]].set_visible(False)
+    describe(right, "Pixels rebuilt right, in %",
+             f"These labels are compressed from {len(colours) * r * r} to E numbers "
+             "per window and drawn again: the sooner the curve is high, the simpler "
+             "windows are.",
+             unit="components E (columns of W that are used)", chars=46)
+
+
+def draw_windows(figure, labels: Tensor, rebuilt: list[Tensor], counts: list[int],
+                 chosen, colours: Tensor, r: int) -> None:
+    """Each window, and what is left of it after compression to 1, 2, 4, .. numbers."""
+    axes = figure.subplots(len(chosen), len(counts) + 1, squeeze=False)
+    titles = ["drawn", *(f"E = {E}" for E in counts)]
+    for row, letter, window in zip(axes, LETTERS, chosen):
+        here = window_at(*window, r)
+        for axis, x, title in zip(row, (labels, *rebuilt), titles):
+            panel(axis, colours[x[here]], title)
+        row[0].set_ylabel(letter, fontsize=TITLE, fontweight="bold", rotation=0,
+                          labelpad=12, va="center")
+        titles = [""] * len(titles)  # above the first row only
+    figure.suptitle("Three windows, rebuilt from E numbers each", fontsize=TITLE,
+                    fontweight="bold", x=0.01, ha="left")
+    footnote(figure, "The window that the network drew is compressed by the first E "
+             "columns of W and rebuilt: first the class that fills it, then where the "
+             "edge runs, last the small things.", chars=92)
+
+
+def draw_code(figure, said: Tensor, again: Tensor, window: tuple[int, int],
+              temperature: nn.Module) -> None:
+    """What the network says of a window beside the code of the labels drawn from it."""
+    axis = figure.subplots()
+    row, column = window
+    index = range(1, len(said) + 1)
+    axis.bar(index, said[:, row, column].numpy(), color="0.6", width=1,
+             label="F, what the network says")
+    axis.plot(index, again[:, row, column].numpy(), "k.", label="code of these labels")
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.legend(fontsize=TEXT, frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    T = "" if isinstance(temperature, nn.Identity) else (
+        f" The softmax divides W F by the learned T = {temperature.log_T.exp():.2f}.")
+    describe(axis, "What is said of window A",
+             "From these numbers W draws window A: F need not be the exact code of the "
+             f"labels, only the largest logit of a pixel counts.{T}",
+             unit="component", chars=46)
+
+
+def draw_columns(figure, W: Tensor, mean: Tensor, colours: Tensor, r: int) -> None:
+    """Columns of W as windows: what a positive number speaks for, and a negative."""
+    shown = min(10, W.shape[1])
+    axes = figure.subplots(2, shown, squeeze=False)
+    for i in range(shown):
+        column = W[:, i].reshape(-1, r, r)
+        for axis, sign in zip(axes[:, i], (1, -1)):
+            title = f"column {i + 1}" if sign > 0 else ""
+            panel(axis, tinted(sign * column, colours), title)
+    for axis, sign in zip(axes[:, 0], "+−"):
+        axis.set_ylabel(sign, fontsize=TITLE + 3, rotation=0, labelpad=12, va="center")
+    footnote(figure, "Columns of W are the directions in which windows of labels vary "
+             "most. A positive number for a column speaks for the classes in its upper "
+             "picture, a negative one for those in its lower picture; the stronger the "
+             "colour, the louder. The first say which class fills a window, the later "
+             "ones where its edge runs.", chars=158)
+
+
+def tinted(window: Tensor, colours: Tensor) -> Tensor:
+    """(K, r, r) -> RGB (r, r, 3): the class with the largest number, white if it is 0.
+
+    Full colour is the largest absolute number of the window.
+    """
+    size, winner = window.max(0)
+    strength = (size / window.abs().max().clamp(min=1e-6)).clamp(min=0)[..., None]
+    return 1 - strength * (1 - colours[winner] / 255)
 
 
 # --- 6. Demo -------------------------------------------------------------------------
 
 
-def demo() -> None:
-    """The way of one small image through DUpsampling, and what each variant costs."""
-    model = build(19, backbone="resnet18").eval()
-    image = torch.randn(1, 3, 96, 160)
+def one_edge(num_classes: int, height: int, width: int) -> Tensor:
+    """Labels (H, W) of two classes, with a straight edge at a random place."""
+    y = torch.linspace(-1, 1, height)[:, None]
+    x = torch.linspace(-1, 1, width)
+    a, b, c = torch.randn(3)
+    one, other = torch.randint(num_classes, (2,), dtype=torch.uint8)
+    return torch.where(a * x + b * y > c, one, other)
+
+
+def demo(file: str = "") -> None:
+    """The way of one small image through DUpsampling; its picture, if a file is named.
+
+    The network is not trained. W is fitted to label maps with one straight edge each.
+    """
+    model = build(19, backbone="resnet18", **FROM_SCRATCH).eval()
+    print(prepare(model, [one_edge(19, 96, 160) for _ in range(20)]))
+    image = synthetic_scene(96, 160)
     with torch.no_grad():
         features = model.encoder(image)
         said, _ = model.decode(image)
@@ -772,8 +933,11 @@ def demo() -> None:
     steps = {"F": said, "W": model.decoder.dupsample.W, "out": logits}
     for name, x in ({"image": image} | features | steps).items():
         print(f"{name:<8} {tuple(x.shape)}")
-    print_costs("dupsampling", (513, 513))
+    if file:
+        explain(model, image).savefig(file, dpi=100)
+        print(f"picture of the untrained network: {file}")
+    print("costs: python evaluate.py cost dupsampling")
 
 
 if __name__ == "__main__":
-    demo()
+    demo(*sys.argv[1:2])

@@ -192,21 +192,23 @@ mmsegmentation. GMACs are those of 1024x2048 pixels, ResNet-50 and 19 classes.
                tests/test_nrd.py).
 
 Run
-    python nrd.py                              shapes and costs, seconds on a CPU
+    python nrd.py FILE.png                     shapes, and the picture of `explain`
     python train.py                            NRD on procedural streets, minutes
     python train.py --method nrd --dataset cityscapes --data-root DIR
 """
 from __future__ import annotations
 
 import math
+import sys
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import (ASPP, UserError, conv_bn_relu, fcn_heads, full_precision,
-                    label_colours, make_encoder, print_costs, repeat_border, show,
-                    upsample, viewable)
+from common import (ASPP, TEXT, TITLE, WIDTH, UserError, class_legend, colour_bar,
+                    conv_bn_relu, farthest_points, fcn_heads, footnote, full_precision,
+                    heading, label_colours, make_encoder, mark, mosaic, one_hot,
+                    panel, repeat_border, synthetic_scene, upsample, viewable)
 from deeplabv3plus import (DeepLabv3PlusDecoder, block_names, decoder_names, renamed,
                            shared_names, start_as_mmsegmentation, start_classifier)
 
@@ -733,54 +735,103 @@ def norm_of_standardised(weight: Tensor, mean: Tensor, var: Tensor, *,
 # --- 5. Explain ----------------------------------------------------------------------
 
 
-def explain(model: NRD, image: Tensor, *, palette=None):
-    """Fig. 1 from the model's own tensors: three cells, each drawing its patch.
+def explain(model: NRD, image: Tensor, *, palette=None, classes=None):
+    """Fig. 1 from the model's own tensors: cells that differ, and how g draws them.
 
-    image (1, 3, H, W), normalised -> matplotlib Figure. A row shows a cell's 32x32
-    pixels, what g is told (x, y, three guidance channels as colour), what g says at its
-    s x s points, and that after x4. The cells with most classes are taken.
+    image (1, 3, H, W), normalised -> matplotlib Figure. Above: three cells in the image
+    and in the labels, and where labels change from cell to cell. Middle: for each of
+    the cells what g is told and what it draws, with its own theta and with that of the
+    cell beside it. Below: one cell, layer by layer. `palette` and `classes` have a
+    colour and a name per class.
     """
     from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
     decoder = model.decoder
     if not isinstance(decoder, NRDDecoder):
         raise UserError("nothing to explain: this variant has no g")
+    s = decoder.points
+    widths = decoder.widths
+    H, W = image.shape[-2:]
     with torch.no_grad():
-        logits, _ = model.decode(image)
-        final = model.to_pixels(logits, image.shape[-2:]).argmax(1)[0]
         features = model.encoder(image)
         theta = decoder.controller(model.context(features["res5"]))
-        inputs = decoder.inputs_of_g(features["res2"], theta)[0]
-    said = logits.argmax(1)[0]  # the class at every point of every cell
+        inputs = decoder.inputs_of_g(features["res2"], theta)
+        units, logits = layers_of_g(theta, inputs, widths)
+        final = model.to_pixels(logits, (H, W))[0].argmax(0)
+        said = logits[0].argmax(0)  # the class at every point of every cell
+        planes = one_hot(said[None], widths[-1])[0]
+        cells = cells_that_differ(planes, s, H // CELL, W // CELL)
+        # The same inputs under the theta of the cell beside, or of another of the three
+        beside = represent(of_the_cell_beside(theta), inputs, widths=widths)
+        beside = beside[0].argmax(0)
+        others = [g_of_another_cell(theta, inputs, widths, cell, other)[0].argmax(0)
+                  for cell, other in zip(cells, cells[1:] + cells[:1])]
     picture = viewable(image[0])
-    colours = label_colours(palette, logits.shape[1])
-    s = decoder.points
+    colours = label_colours(palette, widths[-1])
+    told = " and ".join(["x, y"] * (decoder.coordinates is not None)
+                        + ["guidance map m"] * (decoder.guidance is not None))
+    tiles = [{"pixels": picture[block(*cell, CELL)],
+              "told": viewable(last_three(inputs[0])[:, rows, columns]),
+              "own θ": colours[said[rows, columns]],
+              "next θ": colours[beside[rows, columns]],
+              "θ of another": colours[other]}
+             for cell, other in zip(cells, others)
+             for rows, columns in [block(*cell, s)]]
+    rows, columns = block(*cells[0], s)
+    layers = [x[0, :, rows, columns] for x in (inputs, *units, logits)]
+    highest = layers[-1].amax((1, 2)).topk(min(16, widths[-1])).indices.sort().values
 
-    figure = Figure(figsize=(13, 5.2), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.5))
-    whole = left.subplots(2, 1)
-    show(whole[0], picture, "image and three of its cells")
-    show(whole[1], colours[final], "prediction")
-    for axes, (row, column) in zip(right.subplots(3, 6), busiest_cells(said, s)):
-        for axis in whole:  # -0.5: for matplotlib pixel 0 runs from -0.5 to 0.5
-            axis.add_patch(Rectangle((column * CELL - 0.5, row * CELL - 0.5), CELL,
-                                     CELL, fill=False, edgecolor="white",
-                                     linewidth=1.5))
-        pixels = block(row, column, CELL)
-        rows, columns = block(row, column, s)
-        told = inputs[:, rows, columns]
-        tiles = [("pixels", picture[pixels])]
-        if decoder.coordinates is not None:
-            tiles += [("x", told[0]), ("y", told[1])]
-        if decoder.guidance is not None:
-            tiles.append(("guidance m", viewable(told[-3:])))
-        tiles += [(f"g at {s}x{s} points", colours[said[rows, columns]]),
-                  (f"after x{decoder.stride}", colours[final[pixels]])]
-        for axis in axes[len(tiles):]:
-            axis.axis("off")
-        for axis, (title, tile) in zip(axes, tiles):
-            show(axis, tile, title)
+    overview = 4.5 * H / W + 1.4  # inches: three pictures side by side, and captions
+    figure = Figure(figsize=(WIDTH, overview + 7.6), layout="constrained")
+    top, above, middle, below, names = figure.subfigures(
+        5, 1, height_ratios=(0.4, overview, 2.3, 4.45, 0.45))
+    heading(top, "NRD: every cell of 32x32 pixels is drawn by a tiny network g of its "
+                 "own, whose weights θ are predicted")
+    draw_overview(above, picture, colours[final], said, cells, s)
+    draw_patches(middle, tiles, told, (said != beside).float().mean())
+    draw_layers(below, layers, highest, colours, told)
+    seen = torch.cat([x.flatten() for x in (highest, said, beside, *others)])
+    class_legend(names, seen, colours, classes)
     return figure
+
+
+def layers_of_g(theta: Tensor, inputs: Tensor, widths: tuple[int, ...]):
+    """Hidden units of g after their ReLU, a tensor per layer, and its logits.
+
+    A g of the first layers alone reads the first numbers of theta.
+    """
+    units = [represent(theta, inputs, widths=widths[:depth]).relu()
+             for depth in range(2, len(widths))]
+    return units, represent(theta, inputs, widths=widths)
+
+
+def of_the_cell_beside(theta: Tensor) -> Tensor:
+    """For every cell the theta of its right neighbour; in the last column, the left."""
+    B, P, h, w = theta.shape
+    beside = torch.arange(1, w + 1)
+    beside[-1] = max(w - 2, 0)
+    theta = theta[..., beside]  # (B, P, h, w)
+    return theta
+
+
+def g_of_another_cell(theta: Tensor, inputs: Tensor, widths: tuple[int, ...],
+                      cell: tuple[int, int], other: tuple[int, int]) -> Tensor:
+    """Logits that the theta of `other` makes of what `cell` is told: (B, K, s, s)."""
+    B, P, h, w = theta.shape
+    s = inputs.shape[-1] // w
+    K = widths[-1]
+    rows, columns = block(*other, 1)
+    theta = theta[:, :, rows, columns]  # (B, P, 1, 1)
+    rows, columns = block(*cell, s)
+    told = inputs[:, :, rows, columns]
+    logits = represent(theta, told, widths=widths)  # (B, K, s, s)
+    return logits
+
+
+def last_three(inputs: Tensor) -> Tensor:
+    """Three maps to show as red, green and blue: of m, or x and y without m."""
+    I, rows, columns = inputs.shape
+    shown = torch.cat([inputs, inputs.new_zeros(2, rows, columns)])
+    return shown[I - 3:I] if I >= 3 else shown[:3]
 
 
 def block(row: int, column: int, side: int) -> tuple[slice, slice]:
@@ -789,35 +840,166 @@ def block(row: int, column: int, side: int) -> tuple[slice, slice]:
             slice(column * side, column * side + side))
 
 
-def busiest_cells(labels: Tensor, s: int) -> list[tuple[int, int]]:
-    """Row and column of the three cells with most classes among their s x s points."""
-    rows, columns = labels.shape
-    classes = {(row, column): len(labels[block(row, column, s)].unique())
-               for row in range(rows // s) for column in range(columns // s)}
-    return sorted(sorted(classes, key=classes.get)[-3:])
+def cells_that_differ(planes: Tensor, s: int, h: int, w: int) -> list[tuple[int, int]]:
+    """Row and column of three cells, the first with the most even mixture of classes.
+
+    `planes` (K, s*h, s*w) is 1 where a class was drawn. A cell's histogram says how
+    much of it each class has. The other two are the farthest from those before, by
+    histogram and by place, among the cells with more than one class, if there are
+    three.
+    """
+    cells = planes[:, :s * h, :s * w].unfold(1, s, s).unfold(2, s, s)
+    histograms = cells.mean((3, 4)).flatten(1).T  # a row of K shares per cell
+    mixed = (histograms.amax(1) < 0.9).nonzero()[:, 0]
+    if len(mixed) < 3:
+        mixed = torch.arange(h * w)
+    places = torch.stack([mixed // w, mixed % w], dim=1) / max(h, w)
+    first = torch.special.entr(histograms[mixed]).sum(1).argmax()
+    chosen = farthest_points(torch.cat([histograms[mixed], places], dim=1), 3,
+                             int(first))
+    return [divmod(cell, w) for cell in mixed[chosen].tolist()]
+
+
+def class_changes(labels: Tensor, s: int) -> tuple[Tensor, Tensor]:
+    """Where neighbouring points in a row have two classes, and where cells meet.
+
+    labels (rows, columns) -> (rows, columns - 1) bool, (columns - 1,) bool.
+    """
+    changes = labels[:, 1:] != labels[:, :-1]
+    border = torch.arange(1, labels.shape[1]) % s == 0
+    return changes, border
+
+
+LETTERS = "ABC"
+
+
+def draw_overview(figure, picture: Tensor, labels: Tensor, said: Tensor, cells,
+                  s: int) -> None:
+    """Where the cells lie, what is drawn, and whether one sees the cells in it."""
+    left, centre, right = figure.subplots(1, 3)
+    panel(left, picture, "Image and three of its cells",
+          "The stride-32 map has one feature vector per cell, from which the weights "
+          "of the cell's own g are predicted.", chars=46)
+    panel(centre, labels, "Predicted labels, cell by cell",
+          "Each cell is drawn by itself: outlines go on across the white grid only as "
+          "far as neighbouring networks agree.", chars=46)
+    draw_grid(centre, labels.shape, CELL, "white")
+    for axis in (left, centre):
+        for letter, (row, column) in zip(LETTERS, cells):
+            mark(axis, row * CELL, column * CELL, CELL, letter)
+    draw_seams(right, said, s)
+
+
+def draw_grid(axis, shape: tuple[int, ...], side: int, colour: str) -> None:
+    """Thin lines between cells that have `side` positions a side."""
+    for at in range(side, shape[1], side):
+        axis.axvline(at - 0.5, color=colour, linewidth=0.8, zorder=1)
+    for at in range(side, shape[0], side):
+        axis.axhline(at - 0.5, color=colour, linewidth=0.8, zorder=1)
+
+
+def draw_seams(axis, said: Tensor, s: int) -> None:
+    """Changes of class between neighbouring points: thick where two cells meet."""
+    changed = torch.zeros(2)  # inside cells, and where two of them meet
+    pairs = torch.zeros(2)
+    for upright in (True, False):
+        changes, border = class_changes(said if upright else said.T, s)
+        for where, width, colour in ((~border, 1, "grey"), (border, 3, "black")):
+            at = changes & where
+            lines, positions = at.nonzero().T
+            draw = axis.vlines if upright else axis.hlines
+            draw(positions + 0.5, lines - 0.5, lines + 0.5, colors=colour,
+                 linewidth=width)
+            changed[width // 2] += at.sum()
+            pairs[width // 2] += where.sum() * len(changes)
+    inside, across = (changed / pairs.clamp(min=1)).tolist()
+    panel(axis, torch.ones(*said.shape, 3), "Seams between cells",
+          f"Neighbouring points differ in class at {across:.0%} of the pairs across a "
+          f"border of cells (thick) and at {inside:.0%} inside cells (thin): equal "
+          "shares would mean no seams.", chars=46)
+    axis.spines[:].set_visible(True)
+    draw_grid(axis, said.shape, s, "0.85")
+
+
+def draw_patches(figure, tiles: list[dict[str, Tensor]], told: str,
+                 change: Tensor) -> None:
+    """Per cell: pixels, what g is told of them, its patch, those of other thetas."""
+    for i, (group, row) in enumerate(zip(figure.subfigures(1, 3, wspace=0.04), tiles)):
+        for axis, (title, tile) in zip(group.subplots(1, len(row)), row.items()):
+            other = LETTERS[(i + 1) % len(tiles)]
+            panel(axis, tile, title.replace("another", other))
+        group.suptitle(f"Cell {LETTERS[i]}", fontsize=TITLE, fontweight="bold")
+    side = len(tiles[0]["told"])
+    footnote(figure, f"At {side}x{side} points of its cell g is told {told} (in the "
+             "pictures the last channels as red, green and blue), and its own θ draws "
+             "the patch. The last two pictures have the same inputs under another θ, "
+             "that of the cell beside or of another of the three: what g is told shows "
+             "where edges are, and θ decides which classes meet there. With θ of the "
+             f"cell beside, {change:.0%} of all points change class.", chars=156)
+
+
+def draw_layers(figure, layers: list[Tensor], shown: Tensor, colours: Tensor,
+                told: str) -> None:
+    """One cell from what g is told to the class at each of its points, 4 maps high.
+
+    Of the logits those of the classes `shown`.
+    """
+    from matplotlib.patches import Rectangle
+    logits = layers[-1]
+    layers = [*layers[:-1], logits[shown]]
+    widths = [math.ceil(len(x) / 4) for x in layers]
+    texts = [("What g is told", "standard deviations",
+              f"The points of cell A are described to g by {told}."),
+             ("Hidden units, first", "after the ReLU",
+              "θ weighs what g is told, and black units are off."),
+             ("Hidden units, second", "after the ReLU",
+              "θ weighs the first units in the same way."),
+             ("Logits", "logit", "Each class has a map, framed in its colour.")]
+    axes = figure.subplots(1, len(layers) + 1, width_ratios=[*widths, 4])
+    for axis, x, width, (title, unit, caption) in zip(axes, layers, widths, texts):
+        high = x.abs().max().item()
+        style = {"cmap": "inferno", "vmin": 0} if "ReLU" in unit else {
+            "cmap": "RdBu_r", "vmin": -high, "vmax": high}
+        drawn = panel(axis, mosaic(x, width), f"{title} →", **style)
+        colour_bar(drawn, unit, caption, chars=7 * width)
+    step = logits.shape[-1] + 1  # from one map of the mosaic to the next
+    for i, k in enumerate(shown.tolist()):
+        corner = (i % widths[-1] * step - 0.5, i // widths[-1] * step - 0.5)
+        axes[-2].add_patch(Rectangle(corner, step - 1, step - 1, fill=False,
+                                     edgecolor=(colours[k] / 255).tolist(),
+                                     linewidth=3, clip_on=False))
+    panel(axes[-1], colours[logits.argmax(0)], "Patch of cell A",
+          "At each point the class with the largest logit wins.", chars=28)
 
 
 # --- 6. Demo -------------------------------------------------------------------------
 
 
-def demo() -> None:
-    """The way of one small image through NRD, and what each row of the tables costs."""
-    model = build(19, backbone="resnet18").eval()
-    image = torch.randn(1, 3, 96, 160)
-    features = model.encoder(image)
-    context = model.context(features["res5"])
-    theta = model.decoder.controller(context)
-    inputs = model.decoder.inputs_of_g(features["res2"], theta)
-    logits = represent(theta, inputs, widths=model.decoder.widths)
+def demo(file: str = "") -> None:
+    """The way of one small image through NRD, and its picture, if a file is named.
+
+    Nothing is trained here, so the picture shows what is drawn by chance.
+    """
+    model = build(19, backbone="resnet18", **FROM_SCRATCH).eval()
+    image = synthetic_scene(96, 160)
+    with torch.no_grad():
+        features = model.encoder(image)
+        context = model.context(features["res5"])
+        theta = model.decoder.controller(context)
+        inputs = model.decoder.inputs_of_g(features["res2"], theta)
+        logits = represent(theta, inputs, widths=model.decoder.widths)
+        out = model(image)["out"]
     for name, x in {"image": image, **features, "context": context, "theta": theta,
-                    "inputs": inputs, "logits": logits,
-                    "out": model(image)["out"]}.items():
+                    "inputs": inputs, "logits": logits, "out": out}.items():
         print(f"{name:<8} {tuple(x.shape)}")
     cells = theta[0].flatten(1).T  # one row of P numbers per cell
     for weight, bias in split_theta(cells, model.decoder.widths):
         print(f"layer of g: weights {tuple(weight.shape)}, biases {tuple(bias.shape)}")
-    print_costs("nrd", (1024, 2048))
+    if file:
+        explain(model, image).savefig(file, dpi=100)
+        print(f"picture of the untrained network: {file}")
+    print("costs: python evaluate.py cost nrd")
 
 
 if __name__ == "__main__":
-    demo()
+    demo(*sys.argv[1:2])

@@ -396,3 +396,69 @@ def test_recipes_say_where_each_value_stands():
         assert all(source for _, source in recipe.values())
     sources = {source for _, source in deeplabv3plus.RECIPES["voc"].values()}
     assert sources == {"official code, train.py", "paper, Sec. 4", "paper, Table 3"}
+
+
+# --- The picture ---------------------------------------------------------------------
+
+
+def plotted(figure, title):
+    """The arrays of all pictures with this title, from the figure itself."""
+    return [torch.as_tensor(axis.images[0].get_array().filled(math.nan))
+            for axis in figure.axes if axis.get_title(loc="left") == title]
+
+
+@pytest.mark.parametrize("variant, size", [("default", (64, 96)), ("default", (65, 97)),
+                                           ("conv2-conv3", (64, 64))])
+def test_the_picture_shows_the_models_own_tensors(variant, size):
+    """Context, low-level channels and labels are what the decoder's forward makes."""
+    model = common.build_model(f"deeplabv3plus:{variant}", 5, **SMALL).eval()
+    image = torch.randn(1, 3, *size)
+    figure = deeplabv3plus.explain(model, image)
+    with torch.no_grad():
+        features = model.encoder(image)
+        low = model.decoder.reduce(features["res2"])
+        labels = model(image)["out"][0].argmax(0)
+    (shown,) = plotted(figure, f"{low.shape[1]} low-level channels")
+    assert torch.allclose(shown, low[0].square().mean(0).sqrt())
+    (shown,) = plotted(figure, "Labels")
+    assert torch.equal(shown, common.label_colours(None, 5)[labels])
+    if variant == "default":
+        context = model.context(features["res5"]).detach()
+        up = common.upsample(context, 4, low.shape[-2:])
+        (shown,) = plotted(figure, "Context, enlarged")
+        assert torch.allclose(shown, up[0].square().mean(0).sqrt())
+
+
+def test_without_edges_means_the_mean_of_every_low_level_channel():
+    """And nothing else changes: the context is the same, no hook stays behind."""
+    model = common.build_model("deeplabv3plus", 5, **SMALL).eval()
+    image = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        before = model(image)["out"]
+        up, low, _, logits = deeplabv3plus.steps_of_decoder(model, image)
+        assert torch.equal(model.to_pixels(logits, (64, 96)), before)
+        same, flat, _, logits = deeplabv3plus.steps_of_decoder(model, image, flat=True)
+        assert torch.equal(same, up)
+        assert torch.allclose(flat, low.mean((2, 3), keepdim=True).expand_as(low))
+        literal = model.decoder.classify(
+            model.decoder.refine(torch.cat([up, flat], dim=1)))
+        assert torch.equal(literal, logits)
+        assert torch.equal(model(image)["out"], before)
+
+
+def test_changed_pixels_are_counted_by_their_distance():
+    labels = torch.zeros(40, 200, dtype=torch.long)
+    labels[:, 100:] = 1
+    without = labels.clone()
+    without[:, 100:102] = 0  # at the boundary and next to it, on one side
+    shares = deeplabv3plus.changed_by_distance(labels, without)
+    assert shares == [0.5, 0.5, 0, 0, 0, 0, 0]
+    assert deeplabv3plus.changed_by_distance(labels, 1 - labels) == [1] * 7
+    alike = torch.zeros_like(labels)
+    assert deeplabv3plus.changed_by_distance(alike, alike) == [0] * 7
+
+
+def test_the_demo_saves_its_picture(thin, tmp_path, capsys):
+    deeplabv3plus.demo(str(tmp_path / "picture.png"))
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    assert "untrained" in capsys.readouterr().out

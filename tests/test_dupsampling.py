@@ -467,3 +467,65 @@ def test_shapes_of_xception_are_for_counting_only(backbone):
     model, image = common.shapes_only("dupsampling:fuse-res4", 3, (65, 97),
                                       backbone=backbone, channels=16)
     assert model(image)["out"].shape == (1, 3, 65, 97)
+
+
+# --- The picture ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant, size", [("default", (64, 96)), ("default", (65, 97)),
+                                           ("no-temperature", (32, 32)),
+                                           ("no-fusion-os32", (64, 64))])
+def test_the_picture_shows_the_models_own_numbers(variant, size):
+    """The bars are F of window A; its labels are those that W draws of them."""
+    model = common.build_model(f"dupsampling:{variant}", 5, **SMALL).eval()
+    image = torch.randn(1, 3, *size)
+    figure = dupsampling.explain(model, image, classes=list("abcde"))
+    by_title = {axis.get_title(loc="left"): axis for axis in figure.axes}
+    last = model.decoder.dupsample
+    r = last.ratio
+    with torch.no_grad():
+        said, _ = model.decode(image)
+        labels = model.to_pixels(said, size).argmax(1)
+        code = dupsampling.compress(labels, last.W, last.mean, num_classes=5, ratio=r)
+    row, column = dupsampling.windows_that_differ(labels[0], code[0], r, size[0] // r,
+                                                  size[1] // r)[0]
+    bars = [bar.get_height() for bar in by_title["What is said of window A"].patches]
+    assert torch.equal(torch.tensor(bars), said[0, :, row, column])
+    drawn = [axis.images[0].get_array() for axis in figure.axes
+             if axis.get_title(loc="left") == "drawn"]
+    window = labels[0][dupsampling.window_at(row, column, r)]
+    assert torch.equal(torch.as_tensor(drawn[0].data),
+                       common.label_colours(None, 5)[window])
+
+
+def test_all_components_rebuild_all_labels():
+    """And the first column alone is an SVD of rank one, plus the mean."""
+    K, r = 3, 2
+    labels = torch.randint(K, (1, 5, 7))
+    N = K * r * r
+    W = torch.linalg.qr(torch.randn(N, N)).Q
+    mean = torch.rand(N)
+    options = {"num_classes": K, "ratio": r}
+    assert torch.equal(dupsampling.rebuild(labels, W, mean, **options), labels)
+    one = dupsampling.rebuild(labels[:, :2, :2], W[:, :1], mean, **options)
+    v = common.one_hot(labels[:, :2, :2], K).flatten()
+    near = mean + W[:, 0] * (W[:, 0] @ (v - mean))
+    assert torch.equal(one[0], near.reshape(K, r, r).argmax(0))
+    assert dupsampling.component_counts(64) == [1, 2, 4, 8, 16, 32, 64]
+    assert dupsampling.component_counts(12) == [1, 2, 4, 8, 12]
+
+
+def test_a_column_is_tinted_by_the_class_it_speaks_for():
+    """White where it says nothing, full colour at its largest number, sign by sign."""
+    colours = torch.tensor([[255, 0, 0], [0, 0, 255]])
+    window = torch.tensor([[[1.0, 0.0]], [[-0.5, -2.0]]])
+    assert torch.equal(dupsampling.tinted(window, colours),
+                       torch.tensor([[[1, 0.5, 0.5], [1, 1, 1]]]))
+    assert torch.equal(dupsampling.tinted(-window, colours),
+                       torch.tensor([[[0.75, 0.75, 1], [0, 0, 1]]]))
+
+
+def test_the_demo_saves_its_picture(thin, tmp_path, capsys):
+    dupsampling.demo(str(tmp_path / "picture.png"))
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    assert "untrained" in capsys.readouterr().out

@@ -11,8 +11,8 @@ import nrd
 from conftest import SMALL
 from test_deeplabv3plus import (ASPPHead, AuxiliaryHead, Block, DeepLabHead, Restated,
                                 assert_drawn_by_mmsegmentation, assert_same_function,
-                                named_as_ours, official_backbone, random_features,
-                                scramble, without_dropout)
+                                named_as_ours, official_backbone, plotted,
+                                random_features, scramble, without_dropout)
 
 
 def represent_slowly(theta, inputs, widths):
@@ -462,3 +462,95 @@ def test_recipes_say_where_each_value_stands():
         assert recipe["photometric"][1].startswith("mmsegmentation")
         assert all(source for _, source in recipe.values())
     assert "base_size" not in nrd.RECIPES["cityscapes"], "all images are 1024x2048"
+
+
+# --- The picture ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant, size", [
+    ("default", (64, 96)), ("default", (65, 97)), ("default", (32, 32)),
+    ("no-guidance", (64, 64)), ("guidance-only", (64, 96))])
+def test_the_picture_shows_the_models_own_patches(variant, size):
+    """What is plotted as a cell's patch is that block of the network's own logits."""
+    model = common.build_model(f"nrd:{variant}", 5, **SMALL, init="mlp").eval()
+    image = torch.randn(1, 3, *size)
+    figure = nrd.explain(model, image, classes=list("abcde"))
+    with torch.no_grad():
+        logits = model.decode(image)[0][0]
+    said = logits.argmax(0)
+    planes = common.one_hot(said[None], 5)[0]
+    cells = nrd.cells_that_differ(planes, 8, size[0] // 32, size[1] // 32)
+    colours = common.label_colours(None, 5)
+    patches = plotted(figure, "own θ")
+    assert len(patches) == len(cells) == min(3, size[0] // 32 * (size[1] // 32))
+    for patch, cell in zip(patches, cells):
+        assert torch.equal(patch, colours[said[nrd.block(*cell, 8)]])
+    (maps,) = plotted(figure, "Logits →")  # all five: two columns, four rows
+    first = logits[(slice(None), *nrd.block(*cells[0], 8))]
+    for k in range(5):
+        y, x = k // 2 * 9, k % 2 * 9
+        assert torch.allclose(maps[y:y + 8, x:x + 8], first[k], atol=1e-5)
+
+
+def test_layers_of_the_picture_are_those_of_the_literal_g():
+    """Hidden units of a cell after their ReLU, and its drawing by another's theta."""
+    widths = (4, 3, 6, 5)
+    B, h, w, s = 1, 2, 3, 2
+    theta = torch.randn(B, nrd.theta_length(widths), h, w, dtype=torch.float64)
+    inputs = torch.randn(B, 4, s * h, s * w, dtype=torch.float64)
+    units, logits = nrd.layers_of_g(theta, inputs, widths)
+    assert torch.equal(logits, nrd.represent(theta, inputs, widths=widths))
+    layers = layers_of_one_cell(theta[0, :, 1, 2], widths)
+    point = inputs[0, :, 3, 4]  # the lower left of the four points of cell (1, 2)
+    for depth in (1, 2):
+        assert torch.allclose(units[depth - 1][0, :, 3, 4],
+                              g(layers[:depth], point).relu())
+    beside = nrd.represent(nrd.of_the_cell_beside(theta), inputs, widths=widths)
+    for cell, other in (((0, 0), (0, 1)), ((1, 1), (1, 2)), ((1, 2), (1, 1))):
+        rows, columns = nrd.block(*cell, s)
+        drawn = nrd.g_of_another_cell(theta, inputs, widths, cell, other)
+        assert torch.allclose(drawn, beside[:, :, rows, columns])
+        literal = g(layers_of_one_cell(theta[(0, slice(None), *other)], widths),
+                    inputs[0, :, cell[0] * s, cell[1] * s])
+        assert torch.allclose(drawn[0, :, 0, 0], literal)
+
+
+def test_the_chosen_cells_differ_and_are_mixed():
+    """Two kinds of mixture, one of them twice, among cells of a single class."""
+    labels = torch.zeros(4 * 8, 6 * 8, dtype=torch.uint8)
+    labels[:4, :8] = 1  # cell (0, 0): half of it is 1
+    labels[8:12, :8] = 1  # cell (1, 0), beside it, too
+    labels[24:28, 40:] = 2  # cell (3, 5): half of it is 2
+    labels[:4, 40:44] = 3  # cell (0, 5): four quarters
+    labels[:4, 44:] = 4
+    labels[4:8, 40:44] = 5
+    chosen = nrd.cells_that_differ(common.one_hot(labels[None], 6)[0], 8, 4, 6)
+    assert chosen[0] == (0, 5) and set(chosen[1:]) <= {(0, 0), (1, 0), (3, 5)}
+    assert (3, 5) in chosen
+    pure = common.one_hot(torch.zeros(1, 16, 16, dtype=torch.uint8), 2)[0]
+    assert len(set(nrd.cells_that_differ(pure, 8, 2, 2))) == 3
+
+
+def test_seams_are_the_changes_where_cells_meet():
+    labels = torch.arange(3).repeat_interleave(4).expand(5, 12)
+    changes, border = nrd.class_changes(labels, 4)
+    assert border.nonzero().flatten().tolist() == [3, 7]
+    assert torch.equal(changes, border.expand(5, 11))
+    changes, border = nrd.class_changes(labels, 3)
+    assert not (changes & border).any()
+
+
+def test_the_demo_saves_its_picture(thin, tmp_path, capsys):
+    nrd.demo(str(tmp_path / "picture.png"))
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    assert "untrained" in capsys.readouterr().out
+
+
+def test_mosaic_and_farthest_points():
+    maps = torch.arange(3.0)[:, None, None].expand(3, 2, 2)
+    whole = common.mosaic(maps, 2)
+    assert whole.shape == (5, 5) and (whole[3:, :2] == 2).all()
+    assert (whole[:2, 3:] == 1).all() and whole[2].isnan().all()
+    x = torch.tensor([[0.0], [1], [10], [5.4], [10]])
+    assert common.farthest_points(x, 3, 0) == [0, 2, 3]
+    assert common.farthest_points(torch.zeros(2, 3), 4, 1) == [1, 0]
