@@ -170,21 +170,23 @@ GMACs and parameters are those of ResNet-101 with 60 classes at 512x512 pixels.
         Effect: Not measured.
 
 Run
-    python efficientfcn.py                     shapes and costs, seconds on a CPU
+    python efficientfcn.py [FILE.png]          shapes, and a picture, seconds on a CPU
     python train.py --method efficientfcn      on procedural streets, minutes
     python train.py --method efficientfcn --dataset camvid --data-root DIR
 """
 from __future__ import annotations
 
 import math
+import sys
 from collections import OrderedDict
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (Encoder, FCNHead, UserError, conv_bn_relu, full_precision,
-                    label_colours, print_costs, repeat_border, show, upsample, viewable)
+                    label_colours, one_hot, repeat_border, upsample, viewable)
 
 # --- 1. Config -----------------------------------------------------------------------
 
@@ -692,14 +694,13 @@ def own_name(name: str) -> str:
 # --- 5. Explain ----------------------------------------------------------------------
 
 
-def explain(model: EfficientFCN, image: Tensor, *, palette=None):
+def explain(model: EfficientFCN, image: Tensor, *, palette=None, classes=None):
     """Fig. 3 from the model's own tensors: where codewords come from and go to.
 
-    image (1, 3, H, W), normalised -> matplotlib Figure. Upper row: the image and the
-    weighting maps A~_i of four codewords at 1/32, the places that each one averages.
-    Lower row: the prediction and the assembly weights W_i of the same codewords at 1/8,
-    the places that each one is given to. Only the half of the codewords that the image
-    uses most is considered: W_i of a random one is often 0 everywhere.
+    image (1, 3, H, W), normalised -> matplotlib Figure of three rows: the weighting
+    maps A~_i of four codewords at 1/32, the places that each one averages; their
+    assembly weights W_i at 1/8, the places that each one is given to; the coefficients
+    of two places, A and B. `classes` are the names in the legend.
     """
     from matplotlib.figure import Figure
     decoder = model.decoder
@@ -711,47 +712,213 @@ def explain(model: EfficientFCN, image: Tensor, *, palette=None):
         step = decoder.steps(context, features)
         logits, _ = decoder(context, features)
         labels = model.to_pixels(logits, image.shape[-2:])[0].argmax(0)
-    colours = label_colours(palette, decoder.classify[1].out_channels)
+    B, K, q, r = logits.shape
     maps = step["maps"][0]
     weights = step["weights"][0]
-    by_use = weights.mean(dim=(1, 2)).argsort(descending=True)
-    used = by_use[:math.ceil(len(weights) / 2)]
-    chosen = used[unlike(maps[used], 4)].tolist()
-    figure = Figure(figsize=(11, 3), layout="constrained")
-    upper, lower = figure.subplots(2, 1 + len(chosen))
-    show(upper[0], viewable(image[0]), "image")
-    show(lower[0], colours[labels], "prediction")
-    for above, below, i in zip(upper[1:], lower[1:], chosen):
-        show(above, maps[i], f"codeword {i}: averaged from")
-        show(below, weights[i], f"codeword {i}: given to")
+    n, h, w = maps.shape
+    fine_labels = logits[0].argmax(0)  # (q, r)
+    coarse_labels = to_grid(logits, 1 / 4, (h, w))[0].argmax(0)  # (h, w)
+    taken = class_shares(maps, coarse_labels, K)  # (n, K)
+    given = class_shares(weights, fine_labels, K)  # (n, K)
+    chosen = unlike(step["codewords"][0], 4, use=weights.mean(dim=(1, 2)))
+    places = two_places(weights, chosen[0])
+
+    names = classes or [f"class {c}" for c in range(K)]
+    colours = label_colours(palette, K)
+    H, W = labels.shape
+    height = min(WIDE * H / W, WIDE)  # of a panel, in inches
+    figure = Figure(figsize=(9.4, 2 * (height + AROUND) + 2.45))
+    tops = [i * (height + AROUND) + 0.55 for i in range(3)]
+    rows = [partial(panel, figure, top=top, height=height) for top in tops[:2]]
+    draw_image(rows[0], viewable(image[0]), places)
+    draw_labels(rows[1], labels, colours)
+    draw_legend(figure, tops[2], labels, colours, names)
+    draw_codewords(
+        rows[0], maps, 32, labels, chosen, best_class(taken, names), verb="taken from",
+        text="1  Made: each codeword is a mean of the whole image, weighted by a map",
+        unit="weight of a cell", colour_map="Blues")
+    draw_codewords(
+        rows[1], weights, 8, labels, chosen, best_class(given, names), verb="given to",
+        text="2  Used: a second, finer map says how much of it each place gets",
+        unit="coefficient", colour_map="Oranges")
+    draw_mixtures(figure, tops[2], weights, places, chosen, best_class(given, names))
     return figure
 
 
-def unlike(maps: Tensor, count: int) -> list[int]:
-    """The index of the sharpest map of (n, h, w), then of those least like the chosen.
+# Tensors first.
 
-    Many codewords look at the same places; a random choice would show one map often. A
-    map's sharpness is its entropy over the places, which is lowest if it looks at one
-    place only. The distance of two maps is the sum of their absolute differences, and
-    the next one is the map whose nearest among the chosen is farthest away.
+
+def unlike(codewords: Tensor, count: int, *, use: Tensor) -> list[int]:
+    """The most used of the codewords (D, n), then those that point elsewhere.
+
+    The next one is always the codeword whose nearest among the chosen is farthest away
+    by the angle between them: many codewords are nearly parallel, and a random choice
+    would show one thing often. Only the half of the codewords of which the image uses
+    most, by `use` (n,), is considered: W_i of a random one is often 0 everywhere.
     """
-    flat = maps.flatten(1)
-    entropy = -(flat * flat.clamp(min=1e-12).log()).sum(1)
-    chosen = [entropy.argmin().item()]
-    while len(chosen) < min(count, len(flat)):
-        distance = torch.cdist(flat, flat[chosen], p=1).amin(1)
-        distance[chosen] = -1  # never twice
-        chosen.append(distance.argmax().item())
+    n = codewords.shape[1]
+    directions = F.normalize(codewords, dim=0)  # (D, n)
+    # (n, D) x (D, n) -> (n, n)
+    cosines = directions.T @ directions  # (n, n)
+    order = use.argsort(descending=True)
+    unused = order[math.ceil(n / 2):]
+    chosen = [order[0].item()]
+    while len(chosen) < min(count, math.ceil(n / 2)):
+        nearest = cosines[:, chosen].amax(dim=1)
+        nearest[unused] = 2  # no cosine is as large: these are never taken,
+        nearest[chosen] = 2  # and none is taken twice
+        chosen.append(nearest.argmin().item())
     return chosen
+
+
+def class_shares(x: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Of each map of (n, h, w), which share lies on which class of (h, w): (n, K)."""
+    member = one_hot(labels[None], num_classes)[0].flatten(1)  # (K, h*w)
+    # (n, h*w) x (h*w, K) -> (n, K)
+    return x.flatten(1) @ member.T / x.sum(dim=(1, 2)).clamp(min=1e-12)[:, None]
+
+
+def best_class(shares: Tensor, names) -> list[tuple[str, float]]:
+    """Per codeword the class with the largest of its shares (n, K), and that share."""
+    most, which = shares.max(dim=1)
+    return [(names[c], share) for c, share in zip(which.tolist(), most.tolist())]
+
+
+def two_places(weights: Tensor, codeword: int) -> list[tuple[int, int]]:
+    """(row, column) at 1/8 of A, which gets most of a codeword, and of B.
+
+    B is the place whose coefficients, a column of W, are least like those of A.
+    """
+    n, q, r = weights.shape
+    columns = F.normalize(weights.flatten(1), dim=0)  # (n, q*r)
+    a = weights[codeword].argmax().item()
+    b = (columns.T @ columns[:, a]).argmin().item()
+    return [divmod(a, r), divmod(b, r)]
+
+
+# Then the drawing. Lengths are in inches: 9.4 of them are 900 pixels of a web page.
+
+WIDE = 1.6  # a panel
+AROUND = 1.25  # headline, title, caption and space of a row of panels
+COLUMNS = tuple(0.1 + 1.74 * i for i in range(6))  # left sides; the last has the bar
+
+
+def panel(figure, *, left: float, top: float, height: float, width=WIDE, title="",
+          caption="", below=0.07):
+    """An axis with its title above and its caption, in lines of its width, below."""
+    from textwrap import fill
+    w, h = figure.get_size_inches()
+    axis = figure.add_axes((left / w, 1 - (top + height) / h, width / w, height / h))
+    axis.set_title(title, loc="left", fontsize=9, pad=4)
+    figure.text(left / w, 1 - (top + height + below) / h,
+                fill(caption, int(16 * width)), fontsize=8.5, va="top", linespacing=1.2)
+    return axis
+
+
+def headline(axis, text: str) -> None:
+    """Bold, above the title of a panel; it may run on over the panels beside it."""
+    axis.annotate(text, (0, 1), (0, 20), xycoords="axes fraction", fontsize=9.5,
+                  textcoords="offset points", fontweight="bold", annotation_clip=False)
+
+
+def on_image(axis, x: Tensor, size: tuple[int, int], stride: int, **options):
+    """A map of that stride in pixels of the image, without what reaches beyond it."""
+    H, W = size
+    q, r = x.shape[:2]
+    drawn = axis.imshow(x.numpy(), extent=(0, r * stride, q * stride, 0),
+                        interpolation="nearest", **options)
+    axis.set(xlim=(0, W), ylim=(H, 0), xticks=[], yticks=[])
+    return drawn
+
+
+def draw_image(row, picture: Tensor, places) -> None:
+    """The image, and in it the two places at 1/8."""
+    axis = row(left=COLUMNS[0], title="The image", caption=(
+        "A and B are two places whose mixtures are compared below."))
+    on_image(axis, picture, picture.shape[:2], 1)
+    for name, (y, x) in zip("AB", places):
+        axis.annotate(name, (8 * x + 4, 8 * y + 4), fontsize=8, fontweight="bold",
+                      ha="center", va="center",
+                      bbox={"boxstyle": "circle,pad=0.15", "facecolor": GREYS[name],
+                            "edgecolor": "black"})
+
+
+def draw_labels(row, labels: Tensor, colours: Tensor) -> None:
+    axis = row(left=COLUMNS[0], title="The prediction", caption=(
+        "Its borders are drawn into all maps, to tell where in the image they lie."))
+    on_image(axis, colours[labels], labels.shape, 1)
+
+
+def draw_legend(figure, top: float, labels: Tensor, colours: Tensor, names) -> None:
+    from matplotlib.patches import Patch
+    axis = panel(figure, left=COLUMNS[0], top=top, height=1.5, title="Classes")
+    axis.axis("off")
+    patches = [Patch(color=tuple((colours[c] / 255).tolist()), label=names[c])
+               for c in labels.unique().tolist()]
+    axis.legend(handles=patches, fontsize=8, loc="upper left", frameon=False,
+                borderaxespad=0, handlelength=1, handleheight=1, labelspacing=0.25)
+
+
+def draw_codewords(row, x: Tensor, stride: int, labels: Tensor, chosen, best, *,
+                   text: str, unit: str, colour_map: str, verb: str) -> None:
+    """One of the two maps of each chosen codeword, all on one scale of colours."""
+    high = max(x[chosen].max().item(), 1e-6)
+    for left, i in zip(COLUMNS[1:], chosen):
+        name, share = best[i]
+        axis = row(left=left, title=f"codeword {i}", caption=(
+            f"{100 * share:.0f} % of it is {verb} {name}."))
+        drawn = on_image(axis, x[i], labels.shape, stride, vmin=0, vmax=high,
+                         cmap=colour_map)
+        for c in labels.unique().tolist():
+            axis.contour((labels == c).numpy(), [0.5], colors="0.35", linewidths=0.5)
+        if i == chosen[0]:
+            headline(axis, text)
+    bar = row(left=COLUMNS[5], width=0.12)
+    axis.figure.colorbar(drawn, cax=bar)
+    bar.tick_params(labelsize=8)
+    bar.set_ylabel(unit, fontsize=8)
+
+
+def draw_mixtures(figure, top: float, weights: Tensor, places, chosen, best) -> None:
+    """A bar chart: the coefficients of A and of B for the codewords that matter."""
+    n = len(weights)
+    columns = [weights[:, y, x] for y, x in places]
+    largest = [i for column in columns
+               for i in column.argsort(descending=True)[:4].tolist()]
+    shown = list(dict.fromkeys(chosen + largest))
+    zeros = (columns[0] == 0).sum().item()
+    axis = panel(figure, left=COLUMNS[1] + 0.4, top=top - 0.1, height=1.1, width=6.6,
+                 below=0.5, caption=(
+        f"The new feature of A is the sum of all {n} codewords, each times its "
+        f"coefficient at A ({zeros} of these are 0), and B mixes the same codewords in "
+        "other amounts; under each number stands the class that most of it is given "
+        "to."))
+    headline(axis, "3  Mixed: how much of some codewords the places A and B take")
+    for shift, name, column in zip((-0.2, 0.2), "AB", columns):
+        axis.bar([k + shift for k in range(len(shown))], column[shown].numpy(), 0.38,
+                 color=GREYS[name], edgecolor="black", label=f"at {name}")
+    axis.set_xticks(range(len(shown)), [f"{i}\n{best[i][0]}" for i in shown])
+    axis.tick_params(labelsize=8)
+    axis.set_ylabel("coefficient", fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1),
+                borderaxespad=0, handlelength=1, handleheight=1)
+
+
+GREYS = {"A": "white", "B": "0.55"}  # of the two places, in the image and as bars
 
 
 # --- 6. Demo -------------------------------------------------------------------------
 
 
-def demo() -> None:
-    """The way of one small image through EfficientFCN, and what each variant costs."""
-    model = build(60, backbone="resnet18").eval()
-    image = torch.randn(1, 3, 96, 160)
+def demo(path: str | None = None) -> None:
+    """The way of one small image through EfficientFCN; with a path, its picture, too.
+
+    The weights are random, so the picture shows what is drawn, and no lesson.
+    """
+    torch.manual_seed(0)
+    model = build(5, backbone="resnet18").eval()
+    image = scene(96, 160)
     with torch.no_grad():
         features = model.encoder(image)
         context = model.context(features["res5"])
@@ -761,8 +928,25 @@ def demo() -> None:
     for name, x in {"image": image, **features, **steps, "logits": logits,
                     "out": out}.items():
         print(f"{name:<9} {tuple(x.shape)}")
-    print_costs("efficientfcn", (512, 512), backbone="resnet101c")
+    if path:
+        explain(model, image).savefig(path, dpi=150)
+        print(f"picture: {path}")
+    print("costs: python evaluate.py cost efficientfcn")
+
+
+def scene(H: int, W: int) -> Tensor:
+    """A picture (1, 3, H, W) of sky, ground, a house, a box and a ball."""
+    y, x = torch.meshgrid(torch.linspace(0, 1, H), torch.linspace(0, 2, W),
+                          indexing="ij")
+    image = torch.empty(3, H, W)
+    for place, colour in (
+            (y >= 0, (0.3, 0.8, 1.6)), (y > 0.6, (-0.6, -0.7, -0.7)),
+            ((x < 0.7) & (y > 0.2) & (y < 0.7), (0.9, -0.4, -0.8)),
+            ((x > 1.1) & (x < 1.3) & (y > 0.3) & (y < 0.8), (1.6, 1.4, -1.0)),
+            ((x - 1.6)**2 + (y - 0.7)**2 < 0.04, (-0.9, 0.9, -0.5))):
+        image[:, place] = torch.tensor(colour)[:, None]
+    return image[None]
 
 
 if __name__ == "__main__":
-    demo()
+    demo(*sys.argv[1:2])
