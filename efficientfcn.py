@@ -718,30 +718,34 @@ def explain(model: EfficientFCN, image: Tensor, *, palette=None, classes=None):
     n, h, w = maps.shape
     fine_labels = logits[0].argmax(0)  # (q, r)
     coarse_labels = to_grid(logits, 1 / 4, (h, w))[0].argmax(0)  # (h, w)
-    taken = class_shares(maps, coarse_labels, K)  # (n, K)
-    given = class_shares(weights, fine_labels, K)  # (n, K)
+    taken = preference(maps, coarse_labels, K)  # (n, K)
+    given = preference(weights, fine_labels, K)  # (n, K)
     chosen = unlike(step["codewords"][0], 4, use=weights.mean(dim=(1, 2)))
-    places = two_places(weights, chosen[0])
+    places = two_places(fine_labels, K)
 
     names = classes or [f"class {c}" for c in range(K)]
     colours = label_colours(palette, K)
     H, W = labels.shape
     height = min(WIDE * H / W, WIDE)  # of a panel, in inches
-    figure = Figure(figsize=(9.4, 2 * (height + AROUND) + 2.45))
+    figure = Figure(figsize=(9.4, 2 * (height + AROUND) + 2.6))
     tops = [i * (height + AROUND) + 0.55 for i in range(3)]
     rows = [partial(panel, figure, top=top, height=height) for top in tops[:2]]
     draw_image(rows[0], viewable(image[0]), places)
     draw_labels(rows[1], labels, colours)
     draw_legend(figure, tops[2], labels, colours, names)
     draw_codewords(
-        rows[0], maps, 32, labels, chosen, best_class(taken, names), verb="taken from",
+        rows[0], maps, 32, labels, chosen, best_class(taken, names), colour_map="Blues",
+        limit="up to {:.0%} a cell",
         text="1  Made: each codeword is a mean of the whole image, weighted by a map",
-        unit="weight of a cell", colour_map="Blues")
+        caption="Cells of {} weigh most, {:.1f} times the mean of all cells.")
     draw_codewords(
-        rows[1], weights, 8, labels, chosen, best_class(given, names), verb="given to",
-        text="2  Used: a second, finer map says how much of it each place gets",
-        unit="coefficient", colour_map="Oranges")
-    draw_mixtures(figure, tops[2], weights, places, chosen, best_class(given, names))
+        rows[1], weights, 8, labels, chosen, best_class(given, names),
+        colour_map="Oranges", limit="up to {:.2g}",
+        text="2  Used: a second, finer map says which places get it, far or near",
+        caption="Places of {} get most of it, {:.1f} times the mean.")
+    there = {name: names[fine_labels[place]] for name, place in zip("AB", places)}
+    draw_mixtures(figure, tops[2], weights, places, chosen, best_class(given, names),
+                  there)
     return figure
 
 
@@ -771,30 +775,41 @@ def unlike(codewords: Tensor, count: int, *, use: Tensor) -> list[int]:
     return chosen
 
 
-def class_shares(x: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Of each map of (n, h, w), which share lies on which class of (h, w): (n, K)."""
-    member = one_hot(labels[None], num_classes)[0].flatten(1)  # (K, h*w)
-    # (n, h*w) x (h*w, K) -> (n, K)
-    return x.flatten(1) @ member.T / x.sum(dim=(1, 2)).clamp(min=1e-12)[:, None]
+def preference(x: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Mean of each map of (n, h, w) over each class, by its mean over all: (n, K).
 
-
-def best_class(shares: Tensor, names) -> list[tuple[str, float]]:
-    """Per codeword the class with the largest of its shares (n, K), and that share."""
-    most, which = shares.max(dim=1)
-    return [(names[c], share) for c, share in zip(which.tolist(), most.tolist())]
-
-
-def two_places(weights: Tensor, codeword: int) -> list[tuple[int, int]]:
-    """(row, column) at 1/8 of A, which gets most of a codeword, and of B.
-
-    B is the place whose coefficients, a column of W, are least like those of A.
+    2 says that places of this class have twice the mean. Classes with less than 1 % of
+    the places of `labels` (h, w) get 0: a mean over few places says little.
     """
-    n, q, r = weights.shape
-    columns = F.normalize(weights.flatten(1), dim=0)  # (n, q*r)
-    a = weights[codeword].argmax().item()
-    b = (columns.T @ columns[:, a]).argmin().item()
-    return [divmod(a, r), divmod(b, r)]
+    member = one_hot(labels[None], num_classes)[0].flatten(1)  # (K, h*w)
+    size = member.mean(dim=1)  # (K,)
+    # (n, h*w) x (h*w, K) -> (n, K)
+    share = x.flatten(1) @ member.T / x.sum(dim=(1, 2)).clamp(min=1e-12)[:, None]
+    return (share / size.clamp(min=1e-12)) * (size >= 0.01)
 
+
+def best_class(preferences: Tensor, names) -> list[tuple[str, float]]:
+    """Per codeword the class with the largest of its preferences, and how large."""
+    most, which = preferences.max(dim=1)
+    return [(names[c], times) for c, times in zip(which.tolist(), most.tolist())]
+
+
+def two_places(labels: Tensor, num_classes: int) -> list[tuple[int, int]]:
+    """(row, column) of A and B, amid the largest and the second largest class.
+
+    labels (q, r). Amid: most of the square around the place, a quarter of the map's
+    shorter side in each direction, is of that class.
+    """
+    q, r = labels.shape
+    reach = max(min(q, r) // 4, 1)
+    member = one_hot(labels[None], num_classes)[0]  # (K, q, r)
+    around = F.avg_pool2d(member, 2 * reach + 1, stride=1, padding=reach)  # (K, q, r)
+    around = around * member + 1e-3 * member
+    by_size = member.sum(dim=(1, 2)).argsort(descending=True).tolist()
+    return [divmod(around[c].argmax().item(), r) for c in by_size[:2]]
+
+
+GREYS = {"A": "white", "B": "0.55"}  # of the two places, in the image and as bars
 
 # Then the drawing. Lengths are in inches: 9.4 of them are 900 pixels of a web page.
 
@@ -817,7 +832,7 @@ def panel(figure, *, left: float, top: float, height: float, width=WIDE, title="
 
 def headline(axis, text: str) -> None:
     """Bold, above the title of a panel; it may run on over the panels beside it."""
-    axis.annotate(text, (0, 1), (0, 20), xycoords="axes fraction", fontsize=9.5,
+    axis.annotate(text, (0, 1), (0, 19), xycoords="axes fraction", fontsize=9.5,
                   textcoords="offset points", fontweight="bold", annotation_clip=False)
 
 
@@ -845,7 +860,7 @@ def draw_image(row, picture: Tensor, places) -> None:
 
 def draw_labels(row, labels: Tensor, colours: Tensor) -> None:
     axis = row(left=COLUMNS[0], title="The prediction", caption=(
-        "Its borders are drawn into all maps, to tell where in the image they lie."))
+        "The borders between its classes are the grey lines in all maps."))
     on_image(axis, colours[labels], labels.shape, 1)
 
 
@@ -860,13 +875,12 @@ def draw_legend(figure, top: float, labels: Tensor, colours: Tensor, names) -> N
 
 
 def draw_codewords(row, x: Tensor, stride: int, labels: Tensor, chosen, best, *,
-                   text: str, unit: str, colour_map: str, verb: str) -> None:
-    """One of the two maps of each chosen codeword, all on one scale of colours."""
-    high = max(x[chosen].max().item(), 1e-6)
+                   text: str, caption: str, limit: str, colour_map: str) -> None:
+    """One of the two maps of each chosen codeword, from 0 to its own largest value."""
     for left, i in zip(COLUMNS[1:], chosen):
-        name, share = best[i]
-        axis = row(left=left, title=f"codeword {i}", caption=(
-            f"{100 * share:.0f} % of it is {verb} {name}."))
+        high = max(x[i].max().item(), 1e-6)
+        axis = row(left=left, title=f"codeword {i}: {limit.format(high)}",
+                   caption=caption.format(*best[i]))
         drawn = on_image(axis, x[i], labels.shape, stride, vmin=0, vmax=high,
                          cmap=colour_map)
         for c in labels.unique().tolist():
@@ -874,38 +888,44 @@ def draw_codewords(row, x: Tensor, stride: int, labels: Tensor, chosen, best, *,
         if i == chosen[0]:
             headline(axis, text)
     bar = row(left=COLUMNS[5], width=0.12)
-    axis.figure.colorbar(drawn, cax=bar)
-    bar.tick_params(labelsize=8)
-    bar.set_ylabel(unit, fontsize=8)
+    axis.figure.colorbar(drawn, cax=bar, ticks=[0, high])
+    bar.set_yticklabels(["0", "its\nlargest"], fontsize=8)
 
 
-def draw_mixtures(figure, top: float, weights: Tensor, places, chosen, best) -> None:
+def draw_mixtures(figure, top: float, weights: Tensor, places, chosen, best,
+                  classes_there) -> None:
     """A bar chart: the coefficients of A and of B for the codewords that matter."""
     n = len(weights)
     columns = [weights[:, y, x] for y, x in places]
-    largest = [i for column in columns
-               for i in column.argsort(descending=True)[:4].tolist()]
-    shown = list(dict.fromkeys(chosen + largest))
     zeros = (columns[0] == 0).sum().item()
-    axis = panel(figure, left=COLUMNS[1] + 0.4, top=top - 0.1, height=1.1, width=6.6,
+    groups = {"the four above": list(chosen)}
+    for name, column in zip("AB", columns):
+        before = sum(groups.values(), [])
+        order = column.argsort(descending=True).tolist()
+        groups[f"largest at {name}"] = [i for i in order if i not in before][:2]
+    shown = sum(groups.values(), [])
+    gaps = [0.5 * k for k, group in enumerate(groups.values()) for _ in group]
+    ticks = [k + gap for k, gap in enumerate(gaps)]
+    axis = panel(figure, left=COLUMNS[1] + 0.4, top=top - 0.1, height=1.1, width=5.9,
                  below=0.5, caption=(
         f"The new feature of A is the sum of all {n} codewords, each times its "
-        f"coefficient at A ({zeros} of these are 0), and B mixes the same codewords in "
-        "other amounts; under each number stands the class that most of it is given "
-        "to."))
+        f"coefficient at A ({zeros} of these are 0); B mixes the same codewords in "
+        "other amounts. Below each number: the class whose places get most."))
     headline(axis, "3  Mixed: how much of some codewords the places A and B take")
     for shift, name, column in zip((-0.2, 0.2), "AB", columns):
-        axis.bar([k + shift for k in range(len(shown))], column[shown].numpy(), 0.38,
-                 color=GREYS[name], edgecolor="black", label=f"at {name}")
-    axis.set_xticks(range(len(shown)), [f"{i}\n{best[i][0]}" for i in shown])
+        axis.bar([x + shift for x in ticks], column[shown].numpy(), 0.38,
+                 color=GREYS[name], edgecolor="black", linewidth=0.8,
+                 label=f"at {name} ({classes_there[name]})")
+    for text, group in groups.items():
+        middle = ticks[shown.index(group[0])] + (len(group) - 1) / 2
+        axis.annotate(text, (middle, 1), (0, 3), xycoords=("data", "axes fraction"),
+                      textcoords="offset points", fontsize=8, ha="center")
+    axis.set_xticks(ticks, [f"{i}\n{best[i][0][:10]}" for i in shown])
     axis.tick_params(labelsize=8)
     axis.set_ylabel("coefficient", fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1),
                 borderaxespad=0, handlelength=1, handleheight=1)
-
-
-GREYS = {"A": "white", "B": "0.55"}  # of the two places, in the image and as bars
 
 
 # --- 6. Demo -------------------------------------------------------------------------

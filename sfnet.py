@@ -233,6 +233,7 @@ Run
 """
 from __future__ import annotations
 
+import math
 import sys
 from functools import partial
 
@@ -840,8 +841,8 @@ def explain(model: SFNet, image: Tensor, *, palette=None, classes=None):
     figure = Figure(figsize=(9.4, 3 * (height + AROUND)))
     rows = [partial(panel, figure, top=i * (height + AROUND) + 0.3, height=height)
             for i in range(3)]
-    draw_flow(rows[0], viewable(image[0]), flow, window, round((W - 1) / (r - 1)))
-    draw_maps(rows[1], maps, window, (H, W), channel)
+    draw_flow(rows[0], viewable(image[0]), flow, window)
+    draw_maps(rows[1], maps, window, labels, channel)
     draw_labels(rows[2], plain_labels, labels, window,
                 label_colours(palette, logits.shape[1]), classes)
     return figure
@@ -981,23 +982,24 @@ def frame(axis, window) -> None:
                                  edgecolor=colour, linewidth=thick))
 
 
-def draw_flow(row, picture: Tensor, flow: Tensor, window, cell: int) -> None:
+def draw_flow(row, picture: Tensor, flow: Tensor, window) -> None:
     """Row 1: the image, the flow inside the window as arrows, all of it in colours."""
     size = picture.shape[:2]
+    cell = round(size[1] / flow.shape[2])
     longest = max(flow.norm(dim=0).quantile(0.99).item(), 1e-6)
     axis = row(left=COLUMNS[0], title="The image", caption=(
-        "The frame marks a part that is enlarged in the next pictures."))
+        "The frame marks the part that most of the other pictures enlarge."))
     on_image(axis, picture, size)
     frame(axis, window)
     axis = row(left=COLUMNS[1], title="The flow as arrows", caption=(
-        f"Each cell of the fine map, {cell} x {cell} pixels, fetches its coarse feature "
-        "not from where it is but from the tip of its arrow."))
-    on_image(axis, picture, size)
+        f"Each cell of the fine map, {cell} x {cell} pixels, fetches its coarse "
+        "feature not from where it is but from the tip of its arrow."))
+    on_image(axis, 0.6 + 0.4 * picture, size)  # pale, so that the arrows stand out
     draw_arrows(axis, flow, size, window)
     zoom(axis, window)
     axis = row(left=COLUMNS[2], title="The flow in colours", caption=(
-        "The colour says in which direction a cell looks, and its strength how far: "
-        "a white cell stays where it is."))
+        "The hue is the direction in which a cell looks, its strength how far: see how "
+        "it changes from one side of a border to the other."))
     on_image(axis, flow_colours(flow, longest), size)
     frame(axis, window)
     draw_wheel(row(left=COLUMNS[3] + 0.2, width=0.6), longest)
@@ -1006,16 +1008,16 @@ def draw_flow(row, picture: Tensor, flow: Tensor, window, cell: int) -> None:
 def draw_arrows(axis, flow: Tensor, size: tuple[int, int], window) -> None:
     """flow (2, q, r), in pixels of the image, as arrows of true length.
 
-    Not more than 16 arrows fit side by side into the window.
+    Not more than 24 arrows fit side by side into the window.
     """
     H, W = size
     q, r = flow.shape[1:]
-    step = max(round(r * window[3] / W / 16), 1)
+    step = math.ceil(r * window[3] / W / 24)
     x = torch.linspace(0, W - 1, r)[::step]
     y = torch.linspace(0, H - 1, q)[::step]
     # angles="xy": y grows downwards in an image, and a positive flow must point down.
     axis.quiver(x, y, *flow[:, ::step, ::step], angles="xy", scale_units="xy", scale=1,
-                color="white", edgecolor="black", linewidth=0.4, width=0.009)
+                width=0.006, headwidth=3.5, headlength=3.5, headaxislength=3)
 
 
 def draw_wheel(axis, longest: float) -> None:
@@ -1034,11 +1036,11 @@ def draw_wheel(axis, longest: float) -> None:
               ha="center", va="top")
 
 
-def draw_maps(row, maps: list[Tensor], window, size, channel: int) -> None:
+def draw_maps(row, maps: list[Tensor], window, labels: Tensor, channel: int) -> None:
     """Row 2: a channel of the coarse map, enlarged, and aligned, inside the window."""
     panels = (
-        ("Coarse map", f"Channel {channel} of the coarser level, whose cells are twice "
-         "as large, knows what is there, but not exactly where."),
+        ("Coarse map", f"Channel {channel} of the coarser level knows what is there, "
+         "but not where: the borders of the labels (white) cut through its cells."),
         ("Enlarged without flow", "In an ordinary feature pyramid each cell fetches "
          "from where it is: neighbours blur into each other."),
         ("Fetched along the flow", "Here it fetches the same numbers from the tip of "
@@ -1048,7 +1050,9 @@ def draw_maps(row, maps: list[Tensor], window, size, channel: int) -> None:
     high = max(x.max().item() for x in maps)
     for place, x, (title, caption) in zip(COLUMNS, maps, panels):
         axis = row(left=place, title=title, caption=caption)
-        drawn = on_image(axis, x, size, vmin=low, vmax=high, cmap="cividis")
+        drawn = on_image(axis, x, labels.shape, vmin=low, vmax=high, cmap="cividis")
+        for c in labels.unique().tolist():
+            axis.contour((labels == c).numpy(), [0.5], colors="white", linewidths=0.6)
         zoom(axis, window)
     bar = row(left=COLUMNS[3], width=0.15)
     axis.figure.colorbar(drawn, cax=bar)
@@ -1058,24 +1062,28 @@ def draw_maps(row, maps: list[Tensor], window, size, channel: int) -> None:
 
 def draw_labels(row, plain: Tensor, labels: Tensor, window, colours: Tensor,
                 classes) -> None:
-    """Row 3: the labels without flow and with it, and where the two differ."""
+    """Row 3: the labels of the window without flow, with it, and where they differ."""
     from matplotlib.patches import Patch
+    top, left, height, width = window
     changed = plain != labels
     moved = colours[labels].clone()
     moved[~changed] = 235
-    share = changed.float().mean().item()
-    panels = (
-        ("Labels without flow", "The same weights, but with the flows of all levels "
-         "set to zero: every level is only enlarged.", plain),
-        ("Labels with flow", "The network as it is: every level is aligned before it "
-         "is added to the next finer one.", labels),
-        (f"Changed: {100 * share:.1f} % of the pixels", "In colours, the labels that "
-         "the flow has put there; grey pixels keep theirs.", None))
-    for place, (title, caption, x) in zip(COLUMNS, panels):
+    share = 100 * changed.float().mean().item()
+    for place, x, title, caption in (
+            (COLUMNS[0], colours[plain], "Labels without flow",
+             "The same weights, but with the flows of all levels set to zero: every "
+             "level is only enlarged."),
+            (COLUMNS[1], colours[labels], "Labels with flow",
+             "The network as it is: every level is aligned before it is added to the "
+             "next finer one."),
+            (COLUMNS[2], moved, "What the flow has changed",
+             f"In colours the labels that the flow has put there: {share:.1f} % of the "
+             "image's pixels, and the grey ones keep theirs.")):
         axis = row(left=place, title=title, caption=caption)
-        on_image(axis, moved if x is None else colours[x], labels.shape)
-        frame(axis, window)
-    occurring = torch.cat([plain, labels]).unique().tolist()
+        on_image(axis, x, labels.shape)
+        zoom(axis, window)
+    occurring = torch.stack([plain, labels])[
+        :, top:top + height, left:left + width].unique().tolist()
     names = classes or [f"class {c}" for c in range(len(colours))]
     legend = row(left=COLUMNS[3] - 0.1, width=1)
     legend.axis("off")

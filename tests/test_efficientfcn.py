@@ -640,11 +640,20 @@ def test_unlike_codewords_are_chosen_by_their_angle():
     assert efficientfcn.unlike(codewords, 4, use=use) == [0, 2, 1]  # half of six
 
 
-def test_shares_of_the_classes():
-    """Map 0 lies on class 0 and 2 half and half, map 1 is zero everywhere."""
+def test_preference_is_a_ratio_of_means():
+    """Of map 0 class 0, a quarter of the places, has half: twice the mean."""
     maps = torch.tensor([[[1.0, 0.0], [0.5, 0.5]], [[0.0, 0.0], [0.0, 0.0]]])
-    shares = efficientfcn.class_shares(maps, torch.tensor([[0, 1], [2, 2]]), 3)
-    assert shares.tolist() == [[0.5, 0.0, 0.5], [0.0, 0.0, 0.0]]
+    ratio = efficientfcn.preference(maps, torch.tensor([[0, 1], [2, 2]]), 4)
+    assert ratio.tolist() == [[2.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]]
+
+
+def test_a_and_b_lie_amid_the_two_largest_classes():
+    labels = torch.zeros(12, 20, dtype=torch.long)
+    labels[6:, 10:] = 2
+    labels[0, 0] = 1
+    (ya, xa), (yb, xb) = efficientfcn.two_places(labels, 3)
+    assert labels[ya, xa] == 0 and labels[yb, xb] == 2
+    assert 2 < xa < 10 and 7 < yb < 11 and 11 < xb < 19
 
 
 def test_the_maps_in_the_picture_are_the_models():
@@ -662,14 +671,16 @@ def test_the_maps_in_the_picture_are_the_models():
         if title.startswith("codeword"):
             x = torch.tensor(axis.images[0].get_array().data)
             name = "maps" if len(x) == 2 else "weights"
-            i = int(title.split()[1])
+            i = int(title.split()[1].strip(":"))
             drawn[name].append(i)
             assert torch.equal(x, step[name][0, i]), title
     assert drawn["maps"] == drawn["weights"] and len(set(drawn["maps"])) == 4
     chart = next(axis for axis in figure.axes if len(axis.containers) == 2)
     shown = [int(text.get_text().split()[0]) for text in chart.get_xticklabels()]
     assert shown[:4] == drawn["maps"]
-    places = efficientfcn.two_places(step["weights"][0], shown[0])
+    with torch.no_grad():
+        labels = model.decode(image)[0][0].argmax(0)
+    places = efficientfcn.two_places(labels, 3)
     for bars, (y, x) in zip(chart.containers, places):
         heights = torch.tensor([bar.get_height() for bar in bars]).float()
         torch.testing.assert_close(heights, step["weights"][0, shown, y, x])
