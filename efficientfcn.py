@@ -735,12 +735,12 @@ def explain(model: EfficientFCN, image: Tensor, *, palette=None, classes=None):
     draw_legend(figure, tops[2], labels, colours, names)
     draw_codewords(
         rows[0], maps, 32, labels, chosen, best_class(taken, names), colour_map="Blues",
-        limit="up to {:.0%} a cell",
+        limit="0 to {:.0%}",
         text="1  Made: each codeword is a mean of the whole image, weighted by a map",
         caption="Cells of {} weigh most, {:.1f} times the mean of all cells.")
     draw_codewords(
         rows[1], weights, 8, labels, chosen, best_class(given, names),
-        colour_map="Oranges", limit="up to {:.2g}",
+        colour_map="Oranges", limit="0 to {:.2g}",
         text="2  Used: a second, finer map says which places get it, far or near",
         caption="Places of {} get most of it, {:.1f} times the mean.")
     there = {name: names[fine_labels[place]] for name, place in zip("AB", places)}
@@ -778,14 +778,16 @@ def unlike(codewords: Tensor, count: int, *, use: Tensor) -> list[int]:
 def preference(x: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """Mean of each map of (n, h, w) over each class, by its mean over all: (n, K).
 
-    2 says that places of this class have twice the mean. Classes with less than 1 % of
-    the places of `labels` (h, w) get 0: a mean over few places says little.
+    2 says that places of this class have twice the mean. Classes with a single place of
+    `labels` (h, w), or less than 1 % of them, get 0: a mean of few says little.
     """
-    member = one_hot(labels[None], num_classes)[0].flatten(1)  # (K, h*w)
+    h, w = labels.shape
+    K = num_classes
+    member = one_hot(labels[None], K)[0].flatten(1)  # (K, h*w)
     size = member.mean(dim=1)  # (K,)
     # (n, h*w) x (h*w, K) -> (n, K)
     share = x.flatten(1) @ member.T / x.sum(dim=(1, 2)).clamp(min=1e-12)[:, None]
-    return (share / size.clamp(min=1e-12)) * (size >= 0.01)
+    return (share / size.clamp(min=1e-12)) * (size >= max(0.01, 1.5 / (h * w)))
 
 
 def best_class(preferences: Tensor, names) -> list[tuple[str, float]]:
@@ -883,7 +885,7 @@ def draw_codewords(row, x: Tensor, stride: int, labels: Tensor, chosen, best, *,
                    caption=caption.format(*best[i]))
         drawn = on_image(axis, x[i], labels.shape, stride, vmin=0, vmax=high,
                          cmap=colour_map)
-        for c in labels.unique().tolist():
+        for c in labels.unique().tolist()[1:]:  # the first has borders with these
             axis.contour((labels == c).numpy(), [0.5], colors="0.35", linewidths=0.5)
         if i == chosen[0]:
             headline(axis, text)
@@ -898,7 +900,7 @@ def draw_mixtures(figure, top: float, weights: Tensor, places, chosen, best,
     n = len(weights)
     columns = [weights[:, y, x] for y, x in places]
     zeros = (columns[0] == 0).sum().item()
-    groups = {"the four above": list(chosen)}
+    groups = {"those above": list(chosen)}
     for name, column in zip("AB", columns):
         before = sum(groups.values(), [])
         order = column.argsort(descending=True).tolist()
@@ -917,6 +919,8 @@ def draw_mixtures(figure, top: float, weights: Tensor, places, chosen, best,
                  color=GREYS[name], edgecolor="black", linewidth=0.8,
                  label=f"at {name} ({classes_there[name]})")
     for text, group in groups.items():
+        if not group:
+            continue  # all codewords are in the other groups
         middle = ticks[shown.index(group[0])] + (len(group) - 1) / 2
         axis.annotate(text, (middle, 1), (0, 3), xycoords=("data", "axes fraction"),
                       textcoords="offset points", fontsize=8, ha="center")

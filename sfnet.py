@@ -1051,7 +1051,7 @@ def draw_maps(row, maps: list[Tensor], window, labels: Tensor, channel: int) -> 
     for place, x, (title, caption) in zip(COLUMNS, maps, panels):
         axis = row(left=place, title=title, caption=caption)
         drawn = on_image(axis, x, labels.shape, vmin=low, vmax=high, cmap="cividis")
-        for c in labels.unique().tolist():
+        for c in labels.unique().tolist()[1:]:  # the first has borders with these
             axis.contour((labels == c).numpy(), [0.5], colors="white", linewidths=0.6)
         zoom(axis, window)
     bar = row(left=COLUMNS[3], width=0.15)

@@ -641,10 +641,14 @@ def test_unlike_codewords_are_chosen_by_their_angle():
 
 
 def test_preference_is_a_ratio_of_means():
-    """Of map 0 class 0, a quarter of the places, has half: twice the mean."""
-    maps = torch.tensor([[[1.0, 0.0], [0.5, 0.5]], [[0.0, 0.0], [0.0, 0.0]]])
-    ratio = efficientfcn.preference(maps, torch.tensor([[0, 1], [2, 2]]), 4)
-    assert ratio.tolist() == [[2.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]]
+    """Of map 0 class 0, a quarter of the places, has half: twice the mean.
+
+    Class 1 has one place, which is too few to speak of a mean. Map 1 is zero.
+    """
+    maps = torch.tensor([[[1.0, 1.0, 0.0, 0.5], [0.5, 0.5, 0.5, 0.0]], [[0.0] * 4] * 2])
+    labels = torch.tensor([[0, 0, 1, 2], [2, 2, 2, 2]])
+    ratio = efficientfcn.preference(maps, labels, 4)
+    torch.testing.assert_close(ratio, torch.tensor([[2, 0, 0.8, 0], [0.0] * 4]))
 
 
 def test_a_and_b_lie_amid_the_two_largest_classes():
