@@ -727,8 +727,8 @@ def explain(model: EfficientFCN, image: Tensor, *, palette=None, classes=None):
     colours = label_colours(palette, K)
     H, W = labels.shape
     height = min(WIDE * H / W, WIDE)  # of a panel, in inches
-    figure = Figure(figsize=(9.4, 2 * (height + AROUND) + 2.6))
-    tops = [i * (height + AROUND) + 0.55 for i in range(3)]
+    figure = Figure(figsize=(14, 2 * (height + AROUND) + 3.9))
+    tops = [i * (height + AROUND) + 0.82 for i in range(3)]
     rows = [partial(panel, figure, top=top, height=height) for top in tops[:2]]
     draw_image(rows[0], viewable(image[0]), places)
     draw_labels(rows[1], labels, colours)
@@ -813,28 +813,30 @@ def two_places(labels: Tensor, num_classes: int) -> list[tuple[int, int]]:
 
 GREYS = {"A": "white", "B": "0.55"}  # of the two places, in the image and as bars
 
-# Then the drawing. Lengths are in inches: 9.4 of them are 900 pixels of a web page.
+# Then the drawing. Lengths are in inches: 14 of them are the width of a web page, on
+# which 12 points become 8.
 
-WIDE = 1.6  # a panel
-AROUND = 1.25  # headline, title, caption and space of a row of panels
-COLUMNS = tuple(0.1 + 1.74 * i for i in range(6))  # left sides; the last has the bar
+WIDE = 2.4  # a panel
+AROUND = 1.87  # headline, title, caption and space of a row of panels
+COLUMNS = tuple(0.15 + 2.6 * i for i in range(6))  # left sides; the last has the bar
 
 
 def panel(figure, *, left: float, top: float, height: float, width=WIDE, title="",
-          caption="", below=0.07):
+          caption="", below=0.1):
     """An axis with its title above and its caption, in lines of its width, below."""
     from textwrap import fill
     w, h = figure.get_size_inches()
     axis = figure.add_axes((left / w, 1 - (top + height) / h, width / w, height / h))
-    axis.set_title(title, loc="left", fontsize=9, pad=4)
-    figure.text(left / w, 1 - (top + height + below) / h,
-                fill(caption, int(16 * width)), fontsize=8.5, va="top", linespacing=1.2)
+    axis.set_title(title, loc="left", fontsize=13, pad=6)
+    letters = int(10.7 * width)  # of a line
+    figure.text(left / w, 1 - (top + height + below) / h, fill(caption, letters),
+                fontsize=12.5, va="top", linespacing=1.2)
     return axis
 
 
 def headline(axis, text: str) -> None:
     """Bold, above the title of a panel; it may run on over the panels beside it."""
-    axis.annotate(text, (0, 1), (0, 19), xycoords="axes fraction", fontsize=9.5,
+    axis.annotate(text, (0, 1), (0, 28), xycoords="axes fraction", fontsize=14,
                   textcoords="offset points", fontweight="bold", annotation_clip=False)
 
 
@@ -854,7 +856,7 @@ def draw_image(row, picture: Tensor, places) -> None:
         "A and B are two places whose mixtures are compared below."))
     on_image(axis, picture, picture.shape[:2], 1)
     for name, (y, x) in zip("AB", places):
-        axis.annotate(name, (8 * x + 4, 8 * y + 4), fontsize=8, fontweight="bold",
+        axis.annotate(name, (8 * x + 4, 8 * y + 4), fontsize=12, fontweight="bold",
                       ha="center", va="center",
                       bbox={"boxstyle": "circle,pad=0.15", "facecolor": GREYS[name],
                             "edgecolor": "black"})
@@ -868,11 +870,11 @@ def draw_labels(row, labels: Tensor, colours: Tensor) -> None:
 
 def draw_legend(figure, top: float, labels: Tensor, colours: Tensor, names) -> None:
     from matplotlib.patches import Patch
-    axis = panel(figure, left=COLUMNS[0], top=top, height=1.5, title="Classes")
+    axis = panel(figure, left=COLUMNS[0], top=top, height=2.2, title="Classes")
     axis.axis("off")
     patches = [Patch(color=tuple((colours[c] / 255).tolist()), label=names[c])
                for c in labels.unique().tolist()]
-    axis.legend(handles=patches, fontsize=8, loc="upper left", frameon=False,
+    axis.legend(handles=patches, fontsize=12, loc="upper left", frameon=False,
                 borderaxespad=0, handlelength=1, handleheight=1, labelspacing=0.25)
 
 
@@ -886,12 +888,12 @@ def draw_codewords(row, x: Tensor, stride: int, labels: Tensor, chosen, best, *,
         drawn = on_image(axis, x[i], labels.shape, stride, vmin=0, vmax=high,
                          cmap=colour_map)
         for c in labels.unique().tolist()[1:]:  # the first has borders with these
-            axis.contour((labels == c).numpy(), [0.5], colors="0.35", linewidths=0.5)
+            axis.contour((labels == c).numpy(), [0.5], colors="0.35", linewidths=0.8)
         if i == chosen[0]:
             headline(axis, text)
-    bar = row(left=COLUMNS[5], width=0.12)
+    bar = row(left=COLUMNS[5], width=0.18)
     axis.figure.colorbar(drawn, cax=bar, ticks=[0, high])
-    bar.set_yticklabels(["0", "its\nlargest"], fontsize=8)
+    bar.set_yticklabels(["0", "its\nlargest"], fontsize=12)
 
 
 def draw_mixtures(figure, top: float, weights: Tensor, places, chosen, best,
@@ -908,35 +910,35 @@ def draw_mixtures(figure, top: float, weights: Tensor, places, chosen, best,
     shown = sum(groups.values(), [])
     gaps = [0.5 * k for k, group in enumerate(groups.values()) for _ in group]
     ticks = [k + gap for k, gap in enumerate(gaps)]
-    axis = panel(figure, left=COLUMNS[1] + 0.4, top=top - 0.1, height=1.1, width=5.9,
-                 below=0.5, caption=(
+    axis = panel(figure, left=COLUMNS[1] + 0.6, top=top - 0.15, height=1.65, width=8.8,
+                 below=0.75, caption=(
         f"The new feature of A is the sum of all {n} codewords, each times its "
         f"coefficient at A ({zeros} of these are 0); B mixes the same codewords in "
         "other amounts. Below each number: the class whose places get most."))
     headline(axis, "3  Mixed: how much of some codewords the places A and B take")
     for shift, name, column in zip((-0.2, 0.2), "AB", columns):
         axis.bar([x + shift for x in ticks], column[shown].numpy(), 0.38,
-                 color=GREYS[name], edgecolor="black", linewidth=0.8,
+                 color=GREYS[name], edgecolor="black", linewidth=1.2,
                  label=f"at {name} ({classes_there[name]})")
     for text, group in groups.items():
         if not group:
             continue  # all codewords are in the other groups
         middle = ticks[shown.index(group[0])] + (len(group) - 1) / 2
-        axis.annotate(text, (middle, 1), (0, 3), xycoords=("data", "axes fraction"),
-                      textcoords="offset points", fontsize=8, ha="center")
+        axis.annotate(text, (middle, 1), (0, 5), xycoords=("data", "axes fraction"),
+                      textcoords="offset points", fontsize=12, ha="center")
     axis.set_xticks(ticks, [f"{i}\n{best[i][0][:10]}" for i in shown])
-    axis.tick_params(labelsize=8)
-    axis.set_ylabel("coefficient", fontsize=8)
+    axis.tick_params(labelsize=12)
+    axis.set_ylabel("coefficient", fontsize=12)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1),
+    axis.legend(fontsize=12, frameon=False, loc="upper left", bbox_to_anchor=(1, 1),
                 borderaxespad=0, handlelength=1, handleheight=1)
 
 
 # --- 6. Demo -------------------------------------------------------------------------
 
 
-def demo(path: str | None = None) -> None:
-    """The way of one small image through EfficientFCN; with a path, its picture, too.
+def demo(file: str = "") -> None:
+    """The way of one small image through EfficientFCN; with a file, its picture, too.
 
     The weights are random, so the picture shows what is drawn, and no lesson.
     """
@@ -952,9 +954,9 @@ def demo(path: str | None = None) -> None:
     for name, x in {"image": image, **features, **steps, "logits": logits,
                     "out": out}.items():
         print(f"{name:<9} {tuple(x.shape)}")
-    if path:
-        explain(model, image).savefig(path, dpi=150)
-        print(f"picture: {path}")
+    if file:
+        explain(model, image).savefig(file, dpi=100)
+        print(f"picture: {file}")
     print("costs: python evaluate.py cost efficientfcn")
 
 

@@ -838,8 +838,8 @@ def explain(model: SFNet, image: Tensor, *, palette=None, classes=None):
     maps = [x[0, channel] for x in (coarse, plain, aligned)]
 
     height = min(WIDE * H / W, WIDE)  # of a panel, in inches
-    figure = Figure(figsize=(9.4, 3 * (height + AROUND)))
-    rows = [partial(panel, figure, top=i * (height + AROUND) + 0.3, height=height)
+    figure = Figure(figsize=(14, 3 * (height + AROUND)))
+    rows = [partial(panel, figure, top=i * (height + AROUND) + 0.45, height=height)
             for i in range(3)]
     draw_flow(rows[0], viewable(image[0]), flow, window)
     draw_maps(rows[1], maps, window, labels, channel)
@@ -932,11 +932,12 @@ def flow_colours(flow: Tensor, longest: float) -> Tensor:
     return torch.from_numpy(hsv_to_rgb(hsv.numpy()))
 
 
-# Then the drawing. Lengths are in inches: 9.4 of them are 900 pixels of a web page.
+# Then the drawing. Lengths are in inches: 14 of them are the width of a web page, on
+# which 12 points become 8.
 
-WIDE = 2.5  # a panel
-AROUND = 1.15  # title, caption and space of a row of panels
-COLUMNS = (0.1, 2.85, 5.6, 8.25)  # left sides; what explains the colours is in the last
+WIDE = 3.7  # a panel
+AROUND = 1.7  # title, caption and space of a row of panels
+COLUMNS = (0.15, 4.25, 8.35, 12.3)  # left sides; the last is for the colours' legends
 
 
 def panel(figure, *, left: float, top: float, height: float, width=WIDE, title="",
@@ -945,9 +946,10 @@ def panel(figure, *, left: float, top: float, height: float, width=WIDE, title="
     from textwrap import fill
     w, h = figure.get_size_inches()
     axis = figure.add_axes((left / w, 1 - (top + height) / h, width / w, height / h))
-    axis.set_title(title, loc="left", fontsize=9.5, fontweight="bold", pad=4)
-    figure.text(left / w, 1 - (top + height + 0.07) / h, fill(caption, int(16 * width)),
-                fontsize=8.5, va="top", linespacing=1.2)
+    axis.set_title(title, loc="left", fontsize=14, fontweight="bold", pad=6)
+    letters = int(10.7 * width)  # of a line
+    figure.text(left / w, 1 - (top + height + 0.1) / h, fill(caption, letters),
+                fontsize=12.5, va="top", linespacing=1.2)
     axis.set(xticks=[], yticks=[])
     return axis
 
@@ -977,7 +979,7 @@ def frame(axis, window) -> None:
     """The window as a frame, black on white, in a picture of the whole image."""
     from matplotlib.patches import Rectangle
     top, left, height, width = window
-    for colour, thick in (("white", 3), ("black", 1.2)):
+    for colour, thick in (("white", 4.5), ("black", 1.8)):
         axis.add_patch(Rectangle((left - 0.5, top - 0.5), width, height, fill=False,
                                  edgecolor=colour, linewidth=thick))
 
@@ -1002,7 +1004,7 @@ def draw_flow(row, picture: Tensor, flow: Tensor, window) -> None:
         "it changes from one side of a border to the other."))
     on_image(axis, flow_colours(flow, longest), size)
     frame(axis, window)
-    draw_wheel(row(left=COLUMNS[3] + 0.2, width=0.6), longest)
+    draw_wheel(row(left=COLUMNS[3] + 0.3, width=0.9), longest)
 
 
 def draw_arrows(axis, flow: Tensor, size: tuple[int, int], window) -> None:
@@ -1031,8 +1033,8 @@ def draw_wheel(axis, longest: float) -> None:
     for text, x, y in (("right", 1.1, 0), ("left", -1.1, 0), ("up", 0, -1.2),
                        ("down", 0, 1.2)):
         side = {"right": "left", "left": "right"}.get(text, "center")
-        axis.text(x, y, text, fontsize=8, ha=side, va="center")
-    axis.text(0, 1.75, f"rim: {longest:.2g} pixels\nof the image", fontsize=8,
+        axis.text(x, y, text, fontsize=12, ha=side, va="center")
+    axis.text(0, 1.75, f"rim: {longest:.2g} pixels\nof the image", fontsize=12,
               ha="center", va="top")
 
 
@@ -1052,12 +1054,12 @@ def draw_maps(row, maps: list[Tensor], window, labels: Tensor, channel: int) -> 
         axis = row(left=place, title=title, caption=caption)
         drawn = on_image(axis, x, labels.shape, vmin=low, vmax=high, cmap="cividis")
         for c in labels.unique().tolist()[1:]:  # the first has borders with these
-            axis.contour((labels == c).numpy(), [0.5], colors="white", linewidths=0.6)
+            axis.contour((labels == c).numpy(), [0.5], colors="white", linewidths=0.9)
         zoom(axis, window)
-    bar = row(left=COLUMNS[3], width=0.15)
+    bar = row(left=COLUMNS[3], width=0.22)
     axis.figure.colorbar(drawn, cax=bar)
-    bar.tick_params(labelsize=8)
-    bar.set_ylabel(f"value of channel {channel}", fontsize=8)
+    bar.tick_params(labelsize=12)
+    bar.set_ylabel(f"value of channel {channel}", fontsize=12)
 
 
 def draw_labels(row, plain: Tensor, labels: Tensor, window, colours: Tensor,
@@ -1085,19 +1087,19 @@ def draw_labels(row, plain: Tensor, labels: Tensor, window, colours: Tensor,
     occurring = torch.stack([plain, labels])[
         :, top:top + height, left:left + width].unique().tolist()
     names = classes or [f"class {c}" for c in range(len(colours))]
-    legend = row(left=COLUMNS[3] - 0.1, width=1)
+    legend = row(left=COLUMNS[3] - 0.15, width=1.5)
     legend.axis("off")
     legend.legend(handles=[Patch(color=tuple((colours[c] / 255).tolist()),
                                  label=names[c]) for c in occurring],
-                  fontsize=8, loc="upper left", frameon=False, borderaxespad=0,
+                  fontsize=12, loc="upper left", frameon=False, borderaxespad=0,
                   handlelength=1, handleheight=1, labelspacing=0.25)
 
 
 # --- 6. Demo -------------------------------------------------------------------------
 
 
-def demo(path: str | None = None) -> None:
-    """The way of one small image through SFNet; with a path, its picture as well.
+def demo(file: str = "") -> None:
+    """The way of one small image through SFNet; with a file, its picture as well.
 
     The weights are random, so the picture shows what is drawn, and no lesson.
     """
@@ -1110,9 +1112,9 @@ def demo(path: str | None = None) -> None:
     more = {"context": context, "sum 4": s4, "sum 3": s3, "sum 2": s2, "out": logits}
     for name, x in ({"image": image} | features | more).items():
         print(f"{name:<8} {tuple(x.shape)}")
-    if path:
-        explain(model, image).savefig(path, dpi=150)
-        print(f"picture: {path}")
+    if file:
+        explain(model, image).savefig(file, dpi=100)
+        print(f"picture: {file}")
     print("costs: python evaluate.py cost sfnet")
 
 
