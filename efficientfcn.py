@@ -736,12 +736,14 @@ def explain(model: EfficientFCN, image: Tensor, *, palette=None, classes=None):
     draw_codewords(
         rows[0], maps, 32, labels, chosen, best_class(taken, names), colour_map="Blues",
         limit="0 to {:.0%}",
-        text="1  Made: each codeword is a mean of the whole image, weighted by a map",
+        text="1  Made: each codeword is a mean of the whole image, weighted by a map "
+        "(% per cell)",
         caption="Cells of {} weigh most, {:.1f} times the mean of all cells.")
     draw_codewords(
         rows[1], weights, 8, labels, chosen, best_class(given, names),
         colour_map="Oranges", limit="0 to {:.2g}",
-        text="2  Used: a second, finer map says which places get it, far or near",
+        text="2  Used: a finer map of coefficients says which places get it, far or "
+        "near",
         caption="Places of {} get most of it, {:.1f} times the mean.")
     there = {name: names[fine_labels[place]] for name, place in zip("AB", places)}
     draw_mixtures(figure, tops[2], weights, places, chosen, best_class(given, names),
