@@ -880,17 +880,6 @@ def count_cost(model: nn.Module, images: Tensor, *,
     return {part: cost.get(part, rest) for part in PARTS} | {"total": total}
 
 
-def print_costs(method: str, size: tuple[int, int], *, backbone="resnet50c") -> None:
-    """The cost of every variant of a method on one encoder, for its demo."""
-    print(f"{'variant':<24}{'decoder GMACs':>15}{'total GMACs':>13}{'params':>9}"
-          f"   at {size[0]}x{size[1]}, {backbone}, 19 classes")
-    for variant in load_method(method)[0].VARIANTS:
-        cost = count_cost(*shapes_only(f"{method}:{variant}", 19, size,
-                                       backbone=backbone))
-        print(f"{variant:<24}{cost['decoder']['gmacs']:>15.2f}"
-              f"{cost['total']['gmacs']:>13.2f}{cost['total']['params']:>8.2f}M")
-
-
 # --- Checkpoints ---------------------------------------------------------------------
 
 FORMAT = 3  # 2 had no log in it

@@ -170,21 +170,23 @@ GMACs and parameters are those of ResNet-101 with 60 classes at 512x512 pixels.
         Effect: Not measured.
 
 Run
-    python efficientfcn.py                     shapes and costs, seconds on a CPU
+    python efficientfcn.py [FILE.png]          shapes, and a picture, seconds on a CPU
     python train.py --method efficientfcn      on procedural streets, minutes
     python train.py --method efficientfcn --dataset camvid --data-root DIR
 """
 from __future__ import annotations
 
 import math
+import sys
 from collections import OrderedDict
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (Encoder, FCNHead, UserError, conv_bn_relu, full_precision,
-                    label_colours, print_costs, repeat_border, show, upsample, viewable)
+                    label_colours, one_hot, repeat_border, upsample, viewable)
 
 # --- 1. Config -----------------------------------------------------------------------
 
@@ -692,14 +694,13 @@ def own_name(name: str) -> str:
 # --- 5. Explain ----------------------------------------------------------------------
 
 
-def explain(model: EfficientFCN, image: Tensor, *, palette=None):
+def explain(model: EfficientFCN, image: Tensor, *, palette=None, classes=None):
     """Fig. 3 from the model's own tensors: where codewords come from and go to.
 
-    image (1, 3, H, W), normalised -> matplotlib Figure. Upper row: the image and the
-    weighting maps A~_i of four codewords at 1/32, the places that each one averages.
-    Lower row: the prediction and the assembly weights W_i of the same codewords at 1/8,
-    the places that each one is given to. Only the half of the codewords that the image
-    uses most is considered: W_i of a random one is often 0 everywhere.
+    image (1, 3, H, W), normalised -> matplotlib Figure of three rows: the weighting
+    maps A~_i of four codewords at 1/32, the places that each one averages; their
+    assembly weights W_i at 1/8, the places that each one is given to; the coefficients
+    of two places, A and B. `classes` are the names in the legend.
     """
     from matplotlib.figure import Figure
     decoder = model.decoder
@@ -711,47 +712,241 @@ def explain(model: EfficientFCN, image: Tensor, *, palette=None):
         step = decoder.steps(context, features)
         logits, _ = decoder(context, features)
         labels = model.to_pixels(logits, image.shape[-2:])[0].argmax(0)
-    colours = label_colours(palette, decoder.classify[1].out_channels)
+    B, K, q, r = logits.shape
     maps = step["maps"][0]
     weights = step["weights"][0]
-    by_use = weights.mean(dim=(1, 2)).argsort(descending=True)
-    used = by_use[:math.ceil(len(weights) / 2)]
-    chosen = used[unlike(maps[used], 4)].tolist()
-    figure = Figure(figsize=(11, 3), layout="constrained")
-    upper, lower = figure.subplots(2, 1 + len(chosen))
-    show(upper[0], viewable(image[0]), "image")
-    show(lower[0], colours[labels], "prediction")
-    for above, below, i in zip(upper[1:], lower[1:], chosen):
-        show(above, maps[i], f"codeword {i}: averaged from")
-        show(below, weights[i], f"codeword {i}: given to")
+    n, h, w = maps.shape
+    fine_labels = logits[0].argmax(0)  # (q, r)
+    coarse_labels = to_grid(logits, 1 / 4, (h, w))[0].argmax(0)  # (h, w)
+    taken = preference(maps, coarse_labels, K)  # (n, K)
+    given = preference(weights, fine_labels, K)  # (n, K)
+    chosen = unlike(step["codewords"][0], 4, use=weights.mean(dim=(1, 2)))
+    places = two_places(fine_labels, K)
+
+    names = classes or [f"class {c}" for c in range(K)]
+    colours = label_colours(palette, K)
+    H, W = labels.shape
+    height = min(WIDE * H / W, WIDE)  # of a panel, in inches
+    figure = Figure(figsize=(14, 2 * (height + AROUND) + 3.9))
+    tops = [i * (height + AROUND) + 0.82 for i in range(3)]
+    rows = [partial(panel, figure, top=top, height=height) for top in tops[:2]]
+    draw_image(rows[0], viewable(image[0]), places)
+    draw_labels(rows[1], labels, colours)
+    draw_legend(figure, tops[2], labels, colours, names)
+    draw_codewords(
+        rows[0], maps, 32, labels, chosen, best_class(taken, names), colour_map="Blues",
+        limit="0 to {:.0%}",
+        text="1  Made: each codeword is a mean of the whole image, weighted by a map "
+        "(% per cell)",
+        caption="Cells of {} weigh most, {:.1f} times the mean of all cells.")
+    draw_codewords(
+        rows[1], weights, 8, labels, chosen, best_class(given, names),
+        colour_map="Oranges", limit="0 to {:.2g}",
+        text="2  Used: a finer map of coefficients says which places get it, far or "
+        "near",
+        caption="Places of {} get most of it, {:.1f} times the mean.")
+    there = {name: names[fine_labels[place]] for name, place in zip("AB", places)}
+    draw_mixtures(figure, tops[2], weights, places, chosen, best_class(given, names),
+                  there)
     return figure
 
 
-def unlike(maps: Tensor, count: int) -> list[int]:
-    """The index of the sharpest map of (n, h, w), then of those least like the chosen.
+# Tensors first.
 
-    Many codewords look at the same places; a random choice would show one map often. A
-    map's sharpness is its entropy over the places, which is lowest if it looks at one
-    place only. The distance of two maps is the sum of their absolute differences, and
-    the next one is the map whose nearest among the chosen is farthest away.
+
+def unlike(codewords: Tensor, count: int, *, use: Tensor) -> list[int]:
+    """The most used of the codewords (D, n), then those that point elsewhere.
+
+    The next one is always the codeword whose nearest among the chosen is farthest away
+    by the angle between them: many codewords are nearly parallel, and a random choice
+    would show one thing often. Only the half of the codewords of which the image uses
+    most, by `use` (n,), is considered: W_i of a random one is often 0 everywhere.
     """
-    flat = maps.flatten(1)
-    entropy = -(flat * flat.clamp(min=1e-12).log()).sum(1)
-    chosen = [entropy.argmin().item()]
-    while len(chosen) < min(count, len(flat)):
-        distance = torch.cdist(flat, flat[chosen], p=1).amin(1)
-        distance[chosen] = -1  # never twice
-        chosen.append(distance.argmax().item())
+    n = codewords.shape[1]
+    directions = F.normalize(codewords, dim=0)  # (D, n)
+    # (n, D) x (D, n) -> (n, n)
+    cosines = directions.T @ directions  # (n, n)
+    order = use.argsort(descending=True)
+    unused = order[math.ceil(n / 2):]
+    chosen = [order[0].item()]
+    while len(chosen) < min(count, math.ceil(n / 2)):
+        nearest = cosines[:, chosen].amax(dim=1)
+        nearest[unused] = 2  # no cosine is as large: these are never taken,
+        nearest[chosen] = 2  # and none is taken twice
+        chosen.append(nearest.argmin().item())
     return chosen
+
+
+def preference(x: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Mean of each map of (n, h, w) over each class, by its mean over all: (n, K).
+
+    2 says that places of this class have twice the mean. Classes with a single place of
+    `labels` (h, w), or less than 1 % of them, get 0: a mean of few says little.
+    """
+    h, w = labels.shape
+    K = num_classes
+    member = one_hot(labels[None], K)[0].flatten(1)  # (K, h*w)
+    size = member.mean(dim=1)  # (K,)
+    # (n, h*w) x (h*w, K) -> (n, K)
+    share = x.flatten(1) @ member.T / x.sum(dim=(1, 2)).clamp(min=1e-12)[:, None]
+    return (share / size.clamp(min=1e-12)) * (size >= max(0.01, 1.5 / (h * w)))
+
+
+def best_class(preferences: Tensor, names) -> list[tuple[str, float]]:
+    """Per codeword the class with the largest of its preferences, and how large."""
+    most, which = preferences.max(dim=1)
+    return [(names[c], times) for c, times in zip(which.tolist(), most.tolist())]
+
+
+def two_places(labels: Tensor, num_classes: int) -> list[tuple[int, int]]:
+    """(row, column) of A and B, amid the largest and the second largest class.
+
+    labels (q, r). Amid: most of the square around the place, a quarter of the map's
+    shorter side in each direction, is of that class.
+    """
+    q, r = labels.shape
+    reach = max(min(q, r) // 4, 1)
+    member = one_hot(labels[None], num_classes)[0]  # (K, q, r)
+    around = F.avg_pool2d(member, 2 * reach + 1, stride=1, padding=reach)  # (K, q, r)
+    around = around * member + 1e-3 * member
+    by_size = member.sum(dim=(1, 2)).argsort(descending=True).tolist()
+    return [divmod(around[c].argmax().item(), r) for c in by_size[:2]]
+
+
+GREYS = {"A": "white", "B": "0.55"}  # of the two places, in the image and as bars
+
+# Then the drawing. Lengths are in inches: 14 of them are the width of a web page, on
+# which 12 points become 8.
+
+WIDE = 2.4  # a panel
+AROUND = 1.87  # headline, title, caption and space of a row of panels
+COLUMNS = tuple(0.15 + 2.6 * i for i in range(6))  # left sides; the last has the bar
+
+
+def panel(figure, *, left: float, top: float, height: float, width=WIDE, title="",
+          caption="", below=0.1):
+    """An axis with its title above and its caption, in lines of its width, below."""
+    from textwrap import fill
+    w, h = figure.get_size_inches()
+    axis = figure.add_axes((left / w, 1 - (top + height) / h, width / w, height / h))
+    axis.set_title(title, loc="left", fontsize=13, pad=6)
+    letters = int(10.7 * width)  # of a line
+    figure.text(left / w, 1 - (top + height + below) / h, fill(caption, letters),
+                fontsize=12.5, va="top", linespacing=1.2)
+    return axis
+
+
+def headline(axis, text: str) -> None:
+    """Bold, above the title of a panel; it may run on over the panels beside it."""
+    axis.annotate(text, (0, 1), (0, 28), xycoords="axes fraction", fontsize=14,
+                  textcoords="offset points", fontweight="bold", annotation_clip=False)
+
+
+def on_image(axis, x: Tensor, size: tuple[int, int], stride: int, **options):
+    """A map of that stride in pixels of the image, without what reaches beyond it."""
+    H, W = size
+    q, r = x.shape[:2]
+    drawn = axis.imshow(x.numpy(), extent=(0, r * stride, q * stride, 0),
+                        interpolation="nearest", **options)
+    axis.set(xlim=(0, W), ylim=(H, 0), xticks=[], yticks=[])
+    return drawn
+
+
+def draw_image(row, picture: Tensor, places) -> None:
+    """The image, and in it the two places at 1/8."""
+    axis = row(left=COLUMNS[0], title="The image", caption=(
+        "A and B are two places whose mixtures are compared below."))
+    on_image(axis, picture, picture.shape[:2], 1)
+    for name, (y, x) in zip("AB", places):
+        axis.annotate(name, (8 * x + 4, 8 * y + 4), fontsize=12, fontweight="bold",
+                      ha="center", va="center",
+                      bbox={"boxstyle": "circle,pad=0.15", "facecolor": GREYS[name],
+                            "edgecolor": "black"})
+
+
+def draw_labels(row, labels: Tensor, colours: Tensor) -> None:
+    axis = row(left=COLUMNS[0], title="The prediction", caption=(
+        "The borders between its classes are the grey lines in all maps."))
+    on_image(axis, colours[labels], labels.shape, 1)
+
+
+def draw_legend(figure, top: float, labels: Tensor, colours: Tensor, names) -> None:
+    from matplotlib.patches import Patch
+    axis = panel(figure, left=COLUMNS[0], top=top, height=2.2, title="Classes")
+    axis.axis("off")
+    patches = [Patch(color=tuple((colours[c] / 255).tolist()), label=names[c])
+               for c in labels.unique().tolist()]
+    axis.legend(handles=patches, fontsize=12, loc="upper left", frameon=False,
+                borderaxespad=0, handlelength=1, handleheight=1, labelspacing=0.25)
+
+
+def draw_codewords(row, x: Tensor, stride: int, labels: Tensor, chosen, best, *,
+                   text: str, caption: str, limit: str, colour_map: str) -> None:
+    """One of the two maps of each chosen codeword, from 0 to its own largest value."""
+    for left, i in zip(COLUMNS[1:], chosen):
+        high = max(x[i].max().item(), 1e-6)
+        axis = row(left=left, title=f"codeword {i}: {limit.format(high)}",
+                   caption=caption.format(*best[i]))
+        drawn = on_image(axis, x[i], labels.shape, stride, vmin=0, vmax=high,
+                         cmap=colour_map)
+        for c in labels.unique().tolist()[1:]:  # the first has borders with these
+            axis.contour((labels == c).numpy(), [0.5], colors="0.35", linewidths=0.8)
+        if i == chosen[0]:
+            headline(axis, text)
+    bar = row(left=COLUMNS[5], width=0.18)
+    axis.figure.colorbar(drawn, cax=bar, ticks=[0, high])
+    bar.set_yticklabels(["0", "its\nlargest"], fontsize=12)
+
+
+def draw_mixtures(figure, top: float, weights: Tensor, places, chosen, best,
+                  classes_there) -> None:
+    """A bar chart: the coefficients of A and of B for the codewords that matter."""
+    n = len(weights)
+    columns = [weights[:, y, x] for y, x in places]
+    zeros = (columns[0] == 0).sum().item()
+    groups = {"those above": list(chosen)}
+    for name, column in zip("AB", columns):
+        before = sum(groups.values(), [])
+        order = column.argsort(descending=True).tolist()
+        groups[f"largest at {name}"] = [i for i in order if i not in before][:2]
+    shown = sum(groups.values(), [])
+    gaps = [0.5 * k for k, group in enumerate(groups.values()) for _ in group]
+    ticks = [k + gap for k, gap in enumerate(gaps)]
+    axis = panel(figure, left=COLUMNS[1] + 0.6, top=top - 0.15, height=1.65, width=8.8,
+                 below=0.75, caption=(
+        f"The new feature of A is the sum of all {n} codewords, each times its "
+        f"coefficient at A ({zeros} of these are 0); B mixes the same codewords in "
+        "other amounts. Below each number: the class whose places get most."))
+    headline(axis, "3  Mixed: how much of some codewords the places A and B take")
+    for shift, name, column in zip((-0.2, 0.2), "AB", columns):
+        axis.bar([x + shift for x in ticks], column[shown].numpy(), 0.38,
+                 color=GREYS[name], edgecolor="black", linewidth=1.2,
+                 label=f"at {name} ({classes_there[name]})")
+    for text, group in groups.items():
+        if not group:
+            continue  # all codewords are in the other groups
+        middle = ticks[shown.index(group[0])] + (len(group) - 1) / 2
+        axis.annotate(text, (middle, 1), (0, 5), xycoords=("data", "axes fraction"),
+                      textcoords="offset points", fontsize=12, ha="center")
+    axis.set_xticks(ticks, [f"{i}\n{best[i][0][:10]}" for i in shown])
+    axis.tick_params(labelsize=12)
+    axis.set_ylabel("coefficient", fontsize=12)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=12, frameon=False, loc="upper left", bbox_to_anchor=(1, 1),
+                borderaxespad=0, handlelength=1, handleheight=1)
 
 
 # --- 6. Demo -------------------------------------------------------------------------
 
 
-def demo() -> None:
-    """The way of one small image through EfficientFCN, and what each variant costs."""
-    model = build(60, backbone="resnet18").eval()
-    image = torch.randn(1, 3, 96, 160)
+def demo(file: str = "") -> None:
+    """The way of one small image through EfficientFCN; with a file, its picture, too.
+
+    The weights are random, so the picture shows what is drawn, and no lesson.
+    """
+    torch.manual_seed(0)
+    model = build(5, backbone="resnet18").eval()
+    image = scene(96, 160)
     with torch.no_grad():
         features = model.encoder(image)
         context = model.context(features["res5"])
@@ -761,8 +956,25 @@ def demo() -> None:
     for name, x in {"image": image, **features, **steps, "logits": logits,
                     "out": out}.items():
         print(f"{name:<9} {tuple(x.shape)}")
-    print_costs("efficientfcn", (512, 512), backbone="resnet101c")
+    if file:
+        explain(model, image).savefig(file, dpi=100)
+        print(f"picture: {file}")
+    print("costs: python evaluate.py cost efficientfcn")
+
+
+def scene(H: int, W: int) -> Tensor:
+    """A picture (1, 3, H, W) of sky, ground, a house, a box and a ball."""
+    y, x = torch.meshgrid(torch.linspace(0, 1, H), torch.linspace(0, 2, W),
+                          indexing="ij")
+    image = torch.empty(3, H, W)
+    for place, colour in (
+            (y >= 0, (0.3, 0.8, 1.6)), (y > 0.6, (-0.6, -0.7, -0.7)),
+            ((x < 0.7) & (y > 0.2) & (y < 0.7), (0.9, -0.4, -0.8)),
+            ((x > 1.1) & (x < 1.3) & (y > 0.3) & (y < 0.8), (1.6, 1.4, -1.0)),
+            ((x - 1.6)**2 + (y - 0.7)**2 < 0.04, (-0.9, 0.9, -0.5))):
+        image[:, place] = torch.tensor(colour)[:, None]
+    return image[None]
 
 
 if __name__ == "__main__":
-    demo()
+    demo(*sys.argv[1:2])

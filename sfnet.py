@@ -32,7 +32,7 @@ Paper -> code
     | Table 2 (c)        | correlation        | FlowNet-C's matching, rival of cat |
     | Table 2 (d)        | Deformable         | deformable convolution, rival of FAM |
     | official code      | convert            | its checkpoints |
-    | Fig. 5             | explain            | the flows in colours and as arrows |
+    | Figs. 2, 5         | explain            | flow, aligned map, labels |
 
 Notes: what the paper says, what the official code does, what is done here, and what
 it changes. "Code" is SFSegNets, the repository that the paper names. The authors'
@@ -150,7 +150,7 @@ older code, TorchCV, is mentioned where the two differ.
         Paper: 120.4, 123.5, 131.6 and 140.5 GFLOPs for k = 1, 3, 5, 7.
         Code:  Has k = 3 only.
         Here:  `kernel` is the k of the flow convolution, N1's 3x3. Plain multiply-adds
-               go from 122.83 for k = 1 to 123.89 for k = 7 (`python sfnet.py`).
+               go from 122.83 for k = 1 to 123.89 for k = 7 (`evaluate.py cost`).
         Effect: A kernel of side k adds a cost proportional to k^2. The four printed
                numbers do not grow like that, so more than k was changed between them.
                Do not compare these costs.
@@ -162,7 +162,7 @@ older code, TorchCV, is mentioned where the two differ.
                usually starts at 0; ours starts at 1, or no gradient would reach theta,
                phi and g in the first step. Deformable convolution: offsets start at 0.
         Effect: Table 1 (c) prints 148.0 GFLOPs with the non-local module and 138.6 with
-               ASPP; ours cost 124.11 and 124.95 (`python sfnet.py`). On scores: not
+               ASPP; ours cost 124.11 and 124.95 (`evaluate.py cost`). On scores: not
                measured.
     N13 Numbers in the paper that disagree with each other.
         Paper: FAM without PPM has 77.2 in Table 1 (a) and 76.4 in (c). FAM with PPM has
@@ -227,13 +227,14 @@ older code, TorchCV, is mentioned where the two differ.
                Table 3. The rows of the others are not reproduced here.
 
 Run
-    python sfnet.py                            shapes and costs, seconds on a CPU
+    python sfnet.py [FILE.png]                 shapes, and a picture, seconds on a CPU
     python train.py --method sfnet             on procedural streets, minutes
     python train.py --method sfnet --dataset cityscapes --data-root DIR
 """
 from __future__ import annotations
 
 import math
+import sys
 from functools import partial
 
 import torch
@@ -242,7 +243,7 @@ from torch import Tensor, nn
 from torchvision.ops import DeformConv2d
 
 from common import (ASPP, Encoder, UserError, conv_bn_relu, fcn_heads, full_precision,
-                    label_colours, print_costs, rows_at, show, viewable)
+                    label_colours, rows_at, viewable)
 
 # --- 1. Config -----------------------------------------------------------------------
 
@@ -807,86 +808,329 @@ def convert(state: dict, model: SFNet) -> dict[str, Tensor]:
 # --- 5. Explain ----------------------------------------------------------------------
 
 
-def explain(model: SFNet, image: Tensor, *, palette=None):
-    """Fig. 5 from the model's own tensors: where each level fetches its features.
+def explain(model: SFNet, image: Tensor, *, palette=None, classes=None):
+    """Figs. 2 and 5 from the model's own tensors: what the flow is and what it does.
 
-    image (1, 3, H, W), normalised -> matplotlib Figure: the image, the flow of every
-    FAM, the last one as arrows too, and the prediction.
+    image (1, 3, H, W), normalised -> matplotlib Figure of three rows: the flow of the
+    finest FAM as arrows and in colours; one channel of the coarse map before and after
+    alignment; the labels with the flow and with zeros in its place. Every position and
+    length is in pixels of the image. `classes` are the names in the legend.
     """
     from matplotlib.figure import Figure
     modules = getattr(model.decoder, "align", {})  # an FCNDecoder aligns nothing
     fams = {stage: m for stage, m in modules.items() if isinstance(m, FAM)}
     if not fams:
         raise UserError("nothing to explain: this variant predicts no flow")
-    flows = []
-    hooks = [fam.flow.register_forward_hook(lambda _, __, flow: flows.append(flow))
-             for fam in fams.values()]
-    with torch.no_grad():
-        logits = model(image)["out"][0]
-    for hook in hooks:
-        hook.remove()
-    flows = [in_pixels(flow, fam.flow_unit)[0]
-             for flow, fam in zip(flows, fams.values())]
-    picture = viewable(image[0])
-    colours = label_colours(palette, len(logits))
-    tiles = [("image", picture),
-             *((f"flow to {stage}, up to {flow.norm(dim=0).max():.2g} px",
-                flow_colours(flow)) for stage, flow in zip(fams, flows)),
-             ("as arrows", picture), ("prediction", colours[logits.argmax(0)])]
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
-    half = math.ceil(len(tiles) / 2)  # tiles of one of the two rows
-    axes = [figure.add_subplot(2, half, i + 1) for i in range(len(tiles))]
-    for axis, (title, tile) in zip(axes, tiles):
-        show(axis, tile, title)
-    draw_arrows(axes[-2], flows[-1], image.shape[-2:])
+    _, _, H, W = image.shape
+    logits, seen = watch(model, fams, image)
+    plain_logits, _ = watch(model, fams, image, strength=0)
+    labels = logits[0].argmax(0)  # (H, W)
+    plain_labels = plain_logits[0].argmax(0)  # (H, W)
+
+    stage = list(fams)[-1]  # the finest level that has a flow
+    coarse, flow, aligned = seen[stage]
+    B, D, h, w = coarse.shape
+    q, r = flow.shape[-2:]
+    plain = enlarge(coarse, (q, r))  # (B, D, q, r)
+    flow = in_image(flow, (H, W))[0]  # (2, q, r)
+    window = busiest(labels != plain_labels, flow.norm(dim=0))
+    channel = most_moved(plain[0], aligned[0], window, (H, W))
+    maps = [x[0, channel] for x in (coarse, plain, aligned)]
+
+    height = min(WIDE * H / W, WIDE)  # of a panel, in inches
+    figure = Figure(figsize=(14, 3 * (height + AROUND)))
+    rows = [partial(panel, figure, top=i * (height + AROUND) + 0.45, height=height)
+            for i in range(3)]
+    draw_flow(rows[0], viewable(image[0]), flow, window)
+    draw_maps(rows[1], maps, window, labels, channel)
+    draw_labels(rows[2], plain_labels, labels, window,
+                label_colours(palette, logits.shape[1]), classes)
     return figure
 
 
-def draw_arrows(axis, flow: Tensor, size: tuple[int, int]) -> None:
-    """flow (2, q, r) as white arrows over an image of `size` (H, W), 16 or more a row.
+# Tensors first.
 
-    An arrow starts at a position and points to where its feature is from. The lengths
-    are rescaled: the longest arrow is as long as its neighbour is far away.
+
+def watch(model: SFNet, fams: dict[str, FAM], image: Tensor, *, strength=1.0):
+    """Logits (B, K, H, W), and per stage what its FAM got, predicted and gave.
+
+    That is the coarse map (B, D, h, w), the flow (B, 2, q, r) in pixels of the finer
+    map and the aligned map (B, D, q, r). Each predicted flow is multiplied by
+    `strength` before it is used: 0 turns every FAM into plain enlargement.
+    """
+    flows = {}
+    seen = {}
+
+    def scale(stage, layer, inputs, flow):
+        flows[stage] = strength * flow
+        return flows[stage]  # what a hook returns takes the place of the output
+
+    def keep(stage, fam, inputs, aligned):
+        seen[stage] = inputs[0], in_pixels(flows[stage], fam.flow_unit), aligned
+
+    hooks = []
+    for stage, fam in fams.items():
+        hooks.append(fam.flow.register_forward_hook(partial(scale, stage)))
+        hooks.append(fam.register_forward_hook(partial(keep, stage)))
+    with torch.no_grad():
+        logits = model(image)["out"]
+    for hook in hooks:
+        hook.remove()
+    return logits, seen
+
+
+def in_image(flow: Tensor, size: tuple[int, int]) -> Tensor:
+    """A flow (B, 2, q, r) from pixels of its own map to pixels of the image.
+
+    The corners of map and image lie on each other [N3], so r - 1 steps from column to
+    column are the image's W - 1.
     """
     H, W = size
     q, r = flow.shape[-2:]
-    step = max(r // 16, 1)
-    longest = flow.norm(dim=0).max().clamp(min=1e-6).item()
-    x = torch.linspace(0, W - 1, r)[::step]
-    y = torch.linspace(0, H - 1, q)[::step]
-    # angles="xy": y grows downwards in an image, and a positive flow must point down.
-    axis.quiver(x, y, *flow[:, ::step, ::step], angles="xy", width=0.004,
-                scale_units="xy", scale=longest * r / (step * W), color="white")
+    step = torch.tensor([(W - 1) / max(r - 1, 1), (H - 1) / max(q - 1, 1)])
+    return flow * step[:, None, None].to(flow)
 
 
-def flow_colours(flow: Tensor) -> Tensor:
-    """(2, q, r) -> RGB (q, r, 3). White is no flow, full colour the longest.
+def busiest(changed: Tensor, length: Tensor) -> tuple[int, int, int, int]:
+    """The window, a third of the image on each side, where most labels changed.
+
+    changed (H, W), length (q, r) of the flow -> (top, left, height, width). Where no
+    label changed, the longest flow decides.
+    """
+    H, W = changed.shape
+    long = enlarge(length[None, None], (H, W))[0, 0]  # (H, W)
+    amount = changed + 1e-3 * long / long.max().clamp(min=1e-6)
+    steps = max(H // 24, 1), max(W // 24, 1)  # every pixel would take long
+    sums = F.avg_pool2d(amount[None, None], (H // 3, W // 3), steps)[0, 0]
+    row, column = divmod(sums.argmax().item(), sums.shape[1])
+    return row * steps[0], column * steps[1], H // 3, W // 3
+
+
+def most_moved(plain: Tensor, aligned: Tensor, window, size: tuple[int, int]) -> int:
+    """The channel of (D, q, r) that the flow changes most inside the window.
+
+    The change is measured in the channel's own standard deviation, or a channel of
+    large values would always win.
+    """
+    top, left, height, width = window
+    q, r = plain.shape[1:]
+    inside = (slice(top * q // size[0], (top + height) * q // size[0] + 1),
+              slice(left * r // size[1], (left + width) * r // size[1] + 1))
+    change = (aligned - plain)[:, *inside].abs().mean(dim=(1, 2))
+    return (change / plain.std(dim=(1, 2)).clamp(min=1e-6)).argmax().item()
+
+
+def flow_colours(flow: Tensor, longest: float) -> Tensor:
+    """(2, q, r) -> RGB (q, r, 3). White is no flow, full colour `longest` and more.
 
     Right is red, and the hue turns with the clock: down, left, up.
     """
     from matplotlib.colors import hsv_to_rgb
     hue = torch.atan2(flow[1], flow[0]) / (2 * torch.pi) % 1
-    length = flow.norm(dim=0)
-    strength = length / length.max().clamp(min=1e-6)
+    strength = (flow.norm(dim=0) / longest).clamp(max=1)
     hsv = torch.stack([hue, strength, torch.ones_like(hue)], dim=-1)
     return torch.from_numpy(hsv_to_rgb(hsv.numpy()))
+
+
+# Then the drawing. Lengths are in inches: 14 of them are the width of a web page, on
+# which 12 points become 8.
+
+WIDE = 3.7  # a panel
+AROUND = 1.7  # title, caption and space of a row of panels
+COLUMNS = (0.15, 4.25, 8.35, 12.3)  # left sides; the last is for the colours' legends
+
+
+def panel(figure, *, left: float, top: float, height: float, width=WIDE, title="",
+          caption=""):
+    """An axis with its title above and its caption, in lines of its width, below."""
+    from textwrap import fill
+    w, h = figure.get_size_inches()
+    axis = figure.add_axes((left / w, 1 - (top + height) / h, width / w, height / h))
+    axis.set_title(title, loc="left", fontsize=14, fontweight="bold", pad=6)
+    letters = int(10.7 * width)  # of a line
+    figure.text(left / w, 1 - (top + height + 0.1) / h, fill(caption, letters),
+                fontsize=12.5, va="top", linespacing=1.2)
+    axis.set(xticks=[], yticks=[])
+    return axis
+
+
+def on_image(axis, x: Tensor, size: tuple[int, int], **options):
+    """A map (q, r) or (q, r, 3), cell by cell, in coordinates of the image's pixels.
+
+    Its first and last positions are centred on the image's first and last pixels.
+    """
+    H, W = size
+    q, r = x.shape[:2]
+    dx = (W - 1) / max(r - 1, 1) / 2
+    dy = (H - 1) / max(q - 1, 1) / 2
+    drawn = axis.imshow(x.numpy(), extent=(-dx, W - 1 + dx, H - 1 + dy, -dy),
+                        interpolation="nearest", **options)
+    axis.set(xlim=(-0.5, W - 0.5), ylim=(H - 0.5, -0.5))
+    return drawn
+
+
+def zoom(axis, window) -> None:
+    top, left, height, width = window
+    axis.set_xlim(left - 0.5, left + width - 0.5)
+    axis.set_ylim(top + height - 0.5, top - 0.5)
+
+
+def frame(axis, window) -> None:
+    """The window as a frame, black on white, in a picture of the whole image."""
+    from matplotlib.patches import Rectangle
+    top, left, height, width = window
+    for colour, thick in (("white", 4.5), ("black", 1.8)):
+        axis.add_patch(Rectangle((left - 0.5, top - 0.5), width, height, fill=False,
+                                 edgecolor=colour, linewidth=thick))
+
+
+def draw_flow(row, picture: Tensor, flow: Tensor, window) -> None:
+    """Row 1: the image, the flow inside the window as arrows, all of it in colours."""
+    size = picture.shape[:2]
+    cell = round(size[1] / flow.shape[2])
+    longest = max(flow.norm(dim=0).quantile(0.99).item(), 1e-6)
+    axis = row(left=COLUMNS[0], title="The image", caption=(
+        "The frame marks the part that most of the other pictures enlarge."))
+    on_image(axis, picture, size)
+    frame(axis, window)
+    axis = row(left=COLUMNS[1], title="The flow as arrows", caption=(
+        f"Each cell of the fine map, {cell} x {cell} pixels, fetches its coarse "
+        "feature not from where it is but from the tip of its arrow."))
+    on_image(axis, 0.6 + 0.4 * picture, size)  # pale, so that the arrows stand out
+    draw_arrows(axis, flow, size, window)
+    zoom(axis, window)
+    axis = row(left=COLUMNS[2], title="The flow in colours", caption=(
+        "The hue is the direction in which a cell looks, its strength how far: see how "
+        "it changes from one side of a border to the other."))
+    on_image(axis, flow_colours(flow, longest), size)
+    frame(axis, window)
+    draw_wheel(row(left=COLUMNS[3] + 0.3, width=0.9), longest)
+
+
+def draw_arrows(axis, flow: Tensor, size: tuple[int, int], window) -> None:
+    """flow (2, q, r), in pixels of the image, as arrows of true length.
+
+    Not more than 24 arrows fit side by side into the window.
+    """
+    H, W = size
+    q, r = flow.shape[1:]
+    step = math.ceil(r * window[3] / W / 24)
+    x = torch.linspace(0, W - 1, r)[::step]
+    y = torch.linspace(0, H - 1, q)[::step]
+    # angles="xy": y grows downwards in an image, and a positive flow must point down.
+    axis.quiver(x, y, *flow[:, ::step, ::step], angles="xy", scale_units="xy", scale=1,
+                width=0.006, headwidth=3.5, headlength=3.5, headaxislength=3)
+
+
+def draw_wheel(axis, longest: float) -> None:
+    """The legend of `flow_colours`: a disc of all flows up to the longest."""
+    ramp = torch.linspace(-longest, longest, 201)
+    y, x = torch.meshgrid(ramp, ramp, indexing="ij")
+    colours = flow_colours(torch.stack([x, y]), longest)
+    colours[x.hypot(y) > longest] = 1
+    axis.imshow(colours.numpy(), extent=(-1, 1, 1, -1))
+    axis.axis("off")
+    for text, x, y in (("right", 1.1, 0), ("left", -1.1, 0), ("up", 0, -1.2),
+                       ("down", 0, 1.2)):
+        side = {"right": "left", "left": "right"}.get(text, "center")
+        axis.text(x, y, text, fontsize=12, ha=side, va="center")
+    axis.text(0, 1.75, f"rim: {longest:.2g} pixels\nof the image", fontsize=12,
+              ha="center", va="top")
+
+
+def draw_maps(row, maps: list[Tensor], window, labels: Tensor, channel: int) -> None:
+    """Row 2: a channel of the coarse map, enlarged, and aligned, inside the window."""
+    panels = (
+        ("Coarse map", f"Channel {channel} of the coarser level knows what is there, "
+         "but not where: the borders of the labels (white) cut through its cells."),
+        ("Enlarged without flow", "In an ordinary feature pyramid each cell fetches "
+         "from where it is: neighbours blur into each other."),
+        ("Fetched along the flow", "Here it fetches the same numbers from the tip of "
+         "its arrow, and the result is added to the fine map."))
+    top, left, height, width = window
+    low = min(x.min().item() for x in maps)
+    high = max(x.max().item() for x in maps)
+    for place, x, (title, caption) in zip(COLUMNS, maps, panels):
+        axis = row(left=place, title=title, caption=caption)
+        drawn = on_image(axis, x, labels.shape, vmin=low, vmax=high, cmap="cividis")
+        for c in labels.unique().tolist()[1:]:  # the first has borders with these
+            axis.contour((labels == c).numpy(), [0.5], colors="white", linewidths=0.9)
+        zoom(axis, window)
+    bar = row(left=COLUMNS[3], width=0.22)
+    axis.figure.colorbar(drawn, cax=bar)
+    bar.tick_params(labelsize=12)
+    bar.set_ylabel(f"value of channel {channel}", fontsize=12)
+
+
+def draw_labels(row, plain: Tensor, labels: Tensor, window, colours: Tensor,
+                classes) -> None:
+    """Row 3: the labels of the window without flow, with it, and where they differ."""
+    from matplotlib.patches import Patch
+    top, left, height, width = window
+    changed = plain != labels
+    moved = colours[labels].clone()
+    moved[~changed] = 235
+    share = 100 * changed.float().mean().item()
+    for place, x, title, caption in (
+            (COLUMNS[0], colours[plain], "Labels without flow",
+             "The same weights, but with the flows of all levels set to zero: every "
+             "level is only enlarged."),
+            (COLUMNS[1], colours[labels], "Labels with flow",
+             "The network as it is: every level is aligned before it is added to the "
+             "next finer one."),
+            (COLUMNS[2], moved, "What the flow has changed",
+             f"In colours the labels that the flow has put there: {share:.1f} % of the "
+             "image's pixels, and the grey ones keep theirs.")):
+        axis = row(left=place, title=title, caption=caption)
+        on_image(axis, x, labels.shape)
+        zoom(axis, window)
+    occurring = torch.stack([plain, labels])[
+        :, top:top + height, left:left + width].unique().tolist()
+    names = classes or [f"class {c}" for c in range(len(colours))]
+    legend = row(left=COLUMNS[3] - 0.15, width=1.5)
+    legend.axis("off")
+    legend.legend(handles=[Patch(color=tuple((colours[c] / 255).tolist()),
+                                 label=names[c]) for c in occurring],
+                  fontsize=12, loc="upper left", frameon=False, borderaxespad=0,
+                  handlelength=1, handleheight=1, labelspacing=0.25)
 
 
 # --- 6. Demo -------------------------------------------------------------------------
 
 
-def demo() -> None:
-    """The way of one small image through SFNet, and what each variant costs."""
-    model = build(19, backbone="resnet18").eval()
-    image = torch.randn(1, 3, 96, 160)
+def demo(file: str = "") -> None:
+    """The way of one small image through SFNet; with a file, its picture as well.
+
+    The weights are random, so the picture shows what is drawn, and no lesson.
+    """
+    torch.manual_seed(0)
+    model = build(5, backbone="resnet18").eval()
+    image = scene(96, 160)
     features = model.encoder(image)
     context = model.context(features["res5"])
     logits, (s4, s3, s2) = model.decoder(context, features)
     more = {"context": context, "sum 4": s4, "sum 3": s3, "sum 2": s2, "out": logits}
     for name, x in ({"image": image} | features | more).items():
         print(f"{name:<8} {tuple(x.shape)}")
-    print_costs("sfnet", (1024, 1024), backbone="resnet18s")
+    if file:
+        explain(model, image).savefig(file, dpi=100)
+        print(f"picture: {file}")
+    print("costs: python evaluate.py cost sfnet")
+
+
+def scene(H: int, W: int) -> Tensor:
+    """A picture (1, 3, H, W) of sky, ground, a house, a box and a ball."""
+    y, x = torch.meshgrid(torch.linspace(0, 1, H), torch.linspace(0, 2, W),
+                          indexing="ij")
+    image = torch.empty(3, H, W)
+    for place, colour in (
+            (y >= 0, (0.3, 0.8, 1.6)), (y > 0.6, (-0.6, -0.7, -0.7)),
+            ((x < 0.7) & (y > 0.2) & (y < 0.7), (0.9, -0.4, -0.8)),
+            ((x > 1.1) & (x < 1.3) & (y > 0.3) & (y < 0.8), (1.6, 1.4, -1.0)),
+            ((x - 1.6)**2 + (y - 0.7)**2 < 0.04, (-0.9, 0.9, -0.5))):
+        image[:, place] = torch.tensor(colour)[:, None]
+    return image[None]
 
 
 if __name__ == "__main__":
-    demo()
+    demo(*sys.argv[1:2])

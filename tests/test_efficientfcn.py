@@ -628,13 +628,72 @@ def test_only_unets_in_training_have_auxiliary_logits():
     assert model.eval()(images)["aux"] == []
 
 
-def test_explain_shows_different_codewords_and_refuses_the_rivals():
-    """Fig. 3 shows maps that differ, the sharpest first; a U-Net has no codewords."""
-    maps = torch.full((5, 2, 2), 0.25)
-    maps[3] = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
-    maps[1] = torch.tensor([[0.1, 0.0], [0.0, 0.9]])
-    assert efficientfcn.unlike(maps, 3)[:2] == [3, 1]
-    assert len(set(efficientfcn.unlike(maps, 9))) == 5
+def test_unlike_codewords_are_chosen_by_their_angle():
+    """The most used first, then the one that points farthest away; unused ones never.
+
+    Codeword 1 is 0, only longer; 3 points the opposite way, but nothing uses it.
+    """
+    codewords = torch.tensor([[1.0, 5.0, 0.0, -1.0, 1.0, 0.0],
+                              [0.0, 0.1, 2.0, 0.0, 1.0, -1.0]])
+    use = torch.tensor([0.9, 0.8, 0.7, 0.0, 0.1, 0.0])
+    assert efficientfcn.unlike(codewords, 2, use=use) == [0, 2]
+    assert efficientfcn.unlike(codewords, 4, use=use) == [0, 2, 1]  # half of six
+
+
+def test_preference_is_a_ratio_of_means():
+    """Of map 0 class 0, a quarter of the places, has half: twice the mean.
+
+    Class 1 has one place, which is too few to speak of a mean. Map 1 is zero.
+    """
+    maps = torch.tensor([[[1.0, 1.0, 0.0, 0.5], [0.5, 0.5, 0.5, 0.0]], [[0.0] * 4] * 2])
+    labels = torch.tensor([[0, 0, 1, 2], [2, 2, 2, 2]])
+    ratio = efficientfcn.preference(maps, labels, 4)
+    torch.testing.assert_close(ratio, torch.tensor([[2, 0, 0.8, 0], [0.0] * 4]))
+
+
+def test_a_and_b_lie_amid_the_two_largest_classes():
+    labels = torch.zeros(12, 20, dtype=torch.long)
+    labels[6:, 10:] = 2
+    labels[0, 0] = 1
+    (ya, xa), (yb, xb) = efficientfcn.two_places(labels, 3)
+    assert labels[ya, xa] == 0 and labels[yb, xb] == 2
+    assert 2 < xa < 10 and 7 < yb < 11 and 11 < xb < 19
+
+
+def test_the_maps_in_the_picture_are_the_models():
+    """Upper row A~_i, lower row W_i of four codewords; the bars are columns of W."""
+    torch.manual_seed(0)
+    model = common.build_model("efficientfcn", 3, **SMALL).eval()
+    image = torch.randn(1, 3, 64, 96)
+    figure = efficientfcn.explain(model, image, classes=["sky", "road", "car"])
+    with torch.no_grad():
+        features = model.encoder(image)
+        step = model.decoder.steps(features["res5"], features)
+    drawn = {"maps": [], "weights": []}
+    for axis in figure.axes:
+        title = axis.get_title(loc="left")
+        if title.startswith("codeword"):
+            x = torch.tensor(axis.images[0].get_array().data)
+            name = "maps" if len(x) == 2 else "weights"
+            i = int(title.split()[1].strip(":"))
+            drawn[name].append(i)
+            assert torch.equal(x, step[name][0, i]), title
+    assert drawn["maps"] == drawn["weights"] and len(set(drawn["maps"])) == 4
+    chart = next(axis for axis in figure.axes if len(axis.containers) == 2)
+    shown = [int(text.get_text().split()[0]) for text in chart.get_xticklabels()]
+    assert shown[:4] == drawn["maps"]
+    with torch.no_grad():
+        labels = model.decode(image)[0][0].argmax(0)
+    places = efficientfcn.two_places(labels, 3)
+    for bars, (y, x) in zip(chart.containers, places):
+        heights = torch.tensor([bar.get_height() for bar in bars]).float()
+        torch.testing.assert_close(heights, step["weights"][0, shown, y, x])
+
+
+def test_explain_refuses_the_rivals_and_demo_saves_the_picture(tmp_path, capsys):
     model = common.build_model("efficientfcn:unet-deconv", 3, **SMALL).eval()
     with pytest.raises(common.UserError, match="no codewords"):
         efficientfcn.explain(model, torch.randn(1, 3, 64, 96))
+    efficientfcn.demo(str(tmp_path / "x.png"))
+    assert (tmp_path / "x.png").stat().st_size > 10_000
+    assert "evaluate.py cost efficientfcn" in capsys.readouterr().out

@@ -311,11 +311,112 @@ def test_warp_stays_in_float32_under_autocast():
 def test_colours_tell_directions_apart():
     """Fig. 5: right is red, no flow white, and opposite flows have opposite hues."""
     flow = torch.tensor([[[2.0, -2.0, 0.0]], [[0.0, 0.0, 0.0]]])
-    right, left, none = sfnet.flow_colours(flow)[0].tolist()
+    right, left, none = sfnet.flow_colours(flow, 2)[0].tolist()
     assert (right, left, none) == ([1, 0, 0], [0, 1, 1], [1, 1, 1])
     fpn = common.build_model("sfnet:fpn", 5, **SMALL).eval()
     with pytest.raises(common.UserError, match="no flow"):
         sfnet.explain(fpn, torch.randn(1, 3, 64, 96))
+
+
+@pytest.fixture
+def explained():
+    """An untrained model whose flows are of some pixels, an image, and the picture."""
+    torch.manual_seed(0)
+    model = common.build_model("sfnet", 5, **SMALL).eval()
+    for fam in model.decoder.align.values():
+        fam.flow.weight.data.mul_(30)
+    image = torch.randn(1, 3, 64, 96)
+    figure = sfnet.explain(model, image, classes=["sky", "road", "car", "sign", "pole"])
+    return model, image, figure
+
+
+def titled(figure, title):
+    """The axis of that title."""
+    return next(axis for axis in figure.axes if axis.get_title(loc="left") == title)
+
+
+def picture(figure, title):
+    """The tensor that is drawn under that title."""
+    return torch.tensor(titled(figure, title).images[0].get_array().data)
+
+
+def test_the_arrows_are_the_flow_of_the_model_in_pixels_of_the_image(explained):
+    """Read back from the picture: what FAM predicts, times the image's pixels a cell.
+
+    17 x 25 cells lie on 64 x 96 pixels, so a flow of 1 is 95 / 24 pixels to the right
+    or 63 / 16 down. The arrows are of true length, and the colours are of the same.
+    """
+    model, image, figure = explained
+    predicted = []
+    model.decoder.align["res2"].flow.register_forward_hook(
+        lambda _, __, flow: predicted.append(flow[0]))
+    with torch.no_grad():
+        model(image)
+    x, y = predicted[0]
+    quiver = titled(figure, "The flow as arrows").collections[0]
+    assert quiver.scale == 1 and quiver.angles == quiver.scale_units == "xy"
+    torch.testing.assert_close(torch.tensor(quiver.U.data), (x * 95 / 24).flatten())
+    torch.testing.assert_close(torch.tensor(quiver.V.data), (y * 63 / 16).flatten())
+    flow = torch.stack([x * 95 / 24, y * 63 / 16])
+    longest = flow.norm(dim=0).quantile(0.99).item()
+    torch.testing.assert_close(picture(figure, "The flow in colours"),
+                               sfnet.flow_colours(flow, longest))
+
+
+def test_the_maps_in_the_picture_are_the_models(explained):
+    """One channel of what the finest FAM gets and gives, and of plain enlargement."""
+    model, image, figure = explained
+    seen = []
+    model.decoder.align["res2"].register_forward_hook(
+        lambda _, inputs, aligned: seen.extend([inputs[0], aligned]))
+    with torch.no_grad():
+        model(image)
+    coarse, aligned = seen
+    bar = next(axis.get_ylabel() for axis in figure.axes if axis.get_ylabel())
+    channel = int(bar.split()[-1])
+    for title, x in (("Coarse map", coarse),
+                     ("Enlarged without flow", sfnet.enlarge(coarse, (17, 25))),
+                     ("Fetched along the flow", aligned)):
+        assert torch.equal(picture(figure, title), x[0, channel]), title
+
+
+def test_the_labels_without_flow_are_those_of_zero_flow(explained):
+    """Setting the flow to zero is having ZeroFlow in every FAM's place."""
+    model, image, figure = explained
+    colours = common.label_colours(None, 5)
+    for title in ("Labels with flow", "Labels without flow"):
+        with torch.no_grad():
+            labels = model(image)["out"][0].argmax(0)
+        assert torch.equal(picture(figure, title), colours[labels]), title
+        for stage in model.decoder.align:
+            model.decoder.align[stage] = sfnet.ZeroFlow()
+    entries = [text.get_text() for axis in figure.axes if axis.get_legend()
+               for text in axis.get_legend().get_texts()]
+    assert entries and set(entries) <= {"sky", "road", "car", "sign", "pole"}
+
+
+def test_a_hook_of_explain_does_not_stay(explained):
+    model, _, _ = explained
+    assert not any(layer._forward_hooks for layer in model.modules())
+
+
+def test_the_window_lies_where_labels_change():
+    """Else where the flow is longest; and it is a third of the image on each side."""
+    changed = torch.zeros(48, 96, dtype=torch.bool)
+    changed[40:, 70:80] = True
+    top, left, height, width = sfnet.busiest(changed, torch.ones(12, 24))
+    assert (height, width) == (16, 32) and top + height > 40
+    assert left <= 70 and left + width >= 80
+    length = torch.zeros(12, 24)
+    length[1, 2] = 1.0
+    top, left, _, _ = sfnet.busiest(changed & False, length)
+    assert top <= 4 and left <= 8
+
+
+def test_demo_saves_the_picture(tmp_path, capsys):
+    sfnet.demo(str(tmp_path / "x.png"))
+    assert (tmp_path / "x.png").stat().st_size > 10_000
+    assert "evaluate.py cost sfnet" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("option", ["context", "align", "upsampling", "decoder",
