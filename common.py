@@ -8,7 +8,8 @@ A reader of a paper's module needs that file and this one, up to the line that s
     ConfusionMatrix   -> mIoU and what goes with it
     build_model("METHOD:VARIANT", 19), and the contract of a method
 
-After that come the parts of a program: what a model costs, checkpoints, processes.
+After that come pictures, and the parts of a program: what a model costs, checkpoints,
+processes.
 
 Dimension key: B batch, C channels, K classes, H, W image height and width in pixels,
 h, w the size of a coarse feature map, q, r that of a finer one.
@@ -548,146 +549,6 @@ class ConfusionMatrix:
                 f"{self.images}/{expected_images} images)")
 
 
-# --- Pictures of tensors -------------------------------------------------------------
-
-
-def show(axis, picture: Tensor, title: str) -> None:
-    """One tensor (h, w) or (h, w, 3) on a matplotlib axis, without interpolation."""
-    axis.imshow(picture.numpy(), interpolation="nearest")
-    axis.set_title(title, fontsize=8)
-    axis.axis("off")
-
-
-def viewable(x: Tensor) -> Tensor:
-    """(3, h, w) of any range to (h, w, 3) in 0..1."""
-    low, high = x.amin(), x.amax()
-    return ((x - low) / (high - low).clamp(min=1e-6)).permute(1, 2, 0)
-
-
-def label_colours(palette, num_classes: int) -> Tensor:
-    """RGB per class (K, 3), made up if the data set gives none."""
-    return torch.tensor(made_up_colours(num_classes) if palette is None else palette)
-
-
-def made_up_colours(count: int) -> list[tuple[int, int, int]]:
-    """Colours that can be told apart: hues far from each other, light and dark in turn.
-
-    The golden ratio puts each hue into the widest gap that those before have left.
-    """
-    colours = []
-    for i in range(count):
-        rgb = colorsys.hsv_to_rgb(i * 0.618034 % 1, (0.85, 0.5)[i // 2 % 2],
-                                  (0.95, 0.6)[i % 2])
-        colours.append(tuple(round(255 * x) for x in rgb))
-    return colours
-
-
-WIDTH = 14  # inches of a figure of `explain`; at 900 pixels, 12 points are 8 points
-TEXT = 12  # points, of captions and legends
-TITLE = 13
-
-
-def describe(axis, title: str, caption: str = "", *, chars=40, unit="") -> None:
-    """A bold title above an axis; below it the unit of x and a sentence of caption."""
-    axis.set_title(title, fontsize=TITLE, fontweight="bold", loc="left")
-    below = [unit] * bool(unit) + textwrap.wrap(caption, chars)
-    axis.set_xlabel("\n".join(below), fontsize=TEXT, loc="left", ma="left")
-    axis.tick_params(labelsize=TEXT)
-
-
-def panel(axis, picture: Tensor, title: str, caption: str = "", *, chars=40, **options):
-    """One tensor (h, w) or (h, w, 3) as a picture with its title and its caption."""
-    drawn = axis.imshow(picture.numpy(), interpolation="nearest", **options)
-    axis.set(xticks=[], yticks=[], anchor="N")  # neighbours begin at one height
-    axis.spines[:].set_visible(False)
-    describe(axis, title, caption, chars=chars)
-    return drawn
-
-
-def mosaic(maps: Tensor, columns: int) -> Tensor:
-    """Small maps (C, h, w) in rows of `columns`, one position of NaN between them."""
-    C, h, w = maps.shape
-    rows = math.ceil(C / columns)
-    tiles = maps.new_full((rows * columns, h + 1, w + 1), math.nan)
-    tiles[:C, 1:, 1:] = maps
-    tiles = tiles.unflatten(0, (rows, columns)).transpose(1, 2)
-    return tiles.reshape(rows * (h + 1), columns * (w + 1))[1:, 1:]
-
-
-def colour_bar(drawn, unit: str, caption: str = "", *, chars=40) -> None:
-    """What the shades of a picture mean, in numbers, and the caption, below it."""
-    axis = drawn.axes
-    bar = axis.figure.colorbar(drawn, ax=axis, location="bottom", pad=0.03, aspect=25,
-                               fraction=0.05, panchor=False)
-    text = "\n".join([unit, *textwrap.wrap(caption, chars)])
-    bar.set_label(text, fontsize=TEXT, loc="left", ma="left")
-    bar.ax.tick_params(labelsize=TEXT)
-    bar.ax.locator_params(nbins=5)
-
-
-def heading(figure, text: str) -> None:
-    """The sentence that a figure is about, in a strip of its own."""
-    figure.text(0.01, 0.5, text, fontsize=TITLE + 2, fontweight="bold", va="center")
-
-
-def footnote(figure, text: str, *, chars=150) -> None:
-    """A sentence below all pictures of a figure or of a part of it."""
-    figure.supxlabel("\n".join(textwrap.wrap(text, chars)), fontsize=TEXT, x=0.01,
-                     ha="left")
-
-
-def class_legend(figure, labels: Tensor, colours: Tensor, classes=None) -> None:
-    """The colour and the name of every class that occurs in `labels`."""
-    from matplotlib.patches import Patch
-    ids = [k for k in labels.unique().tolist() if k < len(colours)]
-    names = [classes[k] if classes else f"class {k}" for k in ids]
-    handles = [Patch(color=(colours[k] / 255).tolist(), label=name)
-               for k, name in zip(ids, names)]
-    figure.legend(handles=handles, loc="center", ncols=min(len(ids), 11), fontsize=TEXT,
-                  frameon=False, handlelength=1, columnspacing=1.2)
-
-
-def mark(axis, row: float, column: float, side: float, letter: str) -> None:
-    """A white frame with a letter around the square that starts at (row, column)."""
-    from matplotlib.patches import Rectangle
-    from matplotlib.patheffects import withStroke
-    # -0.5: for matplotlib pixel 0 runs from -0.5 to 0.5
-    dark = [withStroke(linewidth=4, foreground="black")]
-    axis.add_patch(Rectangle((column - 0.5, row - 0.5), side, side, fill=False,
-                             edgecolor="white", linewidth=2, path_effects=dark))
-    axis.text(column + 0.08 * side, row + 0.05 * side, letter, color="white", va="top",
-              fontsize=TITLE, fontweight="bold", path_effects=dark)
-
-
-def farthest_points(x: Tensor, count: int, first: int) -> list[int]:
-    """Rows of x (N, D) that differ: each is the farthest from those chosen before."""
-    chosen = [first]
-    while len(chosen) < min(count, len(x)):
-        distance = torch.cdist(x, x[chosen]).amin(1)
-        distance[chosen] = -1  # never twice, even if all rows are alike
-        chosen.append(int(distance.argmax()))
-    return chosen
-
-
-def synthetic_scene(H: int, W: int) -> Tensor:
-    """(1, 3, H, W): sky, road, a house, a pole and a sun, for a module's own demo.
-
-    Values are about those of a normalised image. No data set is needed for it.
-    """
-    y = torch.arange(H)[:, None] / H
-    x = torch.arange(W)[None] / W
-    here = (y + x) * 0 == 0  # everywhere
-    shapes = (((-0.5, 0.3, 1.2), here),  # sky
-              ((-0.9, -0.9, -0.8), (y > 0.62) & here),  # road
-              ((0.9, -0.4, -0.7), (y > 0.3) & (y < 0.68) & (x > 0.1) & (x < 0.38)),
-              ((-1.2, 0.6, -1.1), (y > 0.2) & (y < 0.8) & (x > 0.57) & (x < 0.61)),
-              ((1.6, 1.5, -0.2), (y - 0.3)**2 + (W / H * (x - 0.8))**2 < 0.03))
-    image = torch.zeros(1, 3, H, W)
-    for colour, where in shapes:
-        image[0, :, where] = torch.tensor(colour)[:, None]
-    return image
-
-
 # --- Methods by name -----------------------------------------------------------------
 
 FOLDER = Path(__file__).parent  # where the paper modules are
@@ -830,8 +691,141 @@ def input_channels(model: nn.Module) -> int:
 
 
 # =====================================================================================
-# A reader of the papers may stop here. What follows is for the programs.
+# A reader of the papers may stop here. What follows is for pictures and programs.
 # =====================================================================================
+
+# --- Pictures of tensors -------------------------------------------------------------
+
+
+def viewable(x: Tensor) -> Tensor:
+    """(3, h, w) of any range to (h, w, 3) in 0..1."""
+    low, high = x.amin(), x.amax()
+    return ((x - low) / (high - low).clamp(min=1e-6)).permute(1, 2, 0)
+
+
+def label_colours(palette, num_classes: int) -> Tensor:
+    """RGB per class (K, 3), made up if the data set gives none."""
+    return torch.tensor(made_up_colours(num_classes) if palette is None else palette)
+
+
+def made_up_colours(count: int) -> list[tuple[int, int, int]]:
+    """Colours that can be told apart: hues far from each other, light and dark in turn.
+
+    The golden ratio puts each hue into the widest gap that those before have left.
+    """
+    colours = []
+    for i in range(count):
+        rgb = colorsys.hsv_to_rgb(i * 0.618034 % 1, (0.85, 0.5)[i // 2 % 2],
+                                  (0.95, 0.6)[i % 2])
+        colours.append(tuple(round(255 * x) for x in rgb))
+    return colours
+
+
+WIDTH = 14  # inches of a figure of `explain`; at 900 pixels, 12 points are 8 points
+TEXT = 12  # points, of captions and legends
+TITLE = 13
+
+
+def describe(axis, title: str, caption: str = "", *, chars=40, unit="") -> None:
+    """A bold title above an axis; below it the unit of x and a sentence of caption."""
+    axis.set_title(title, fontsize=TITLE, fontweight="bold", loc="left")
+    below = [unit] * bool(unit) + textwrap.wrap(caption, chars)
+    axis.set_xlabel("\n".join(below), fontsize=TEXT, loc="left", ma="left")
+    axis.tick_params(labelsize=TEXT)
+
+
+def panel(axis, picture: Tensor, title: str, caption: str = "", *, chars=40, **options):
+    """One tensor (h, w) or (h, w, 3) as a picture with its title and its caption."""
+    drawn = axis.imshow(picture.numpy(), interpolation="nearest", **options)
+    axis.set(xticks=[], yticks=[], anchor="N")  # neighbours begin at one height
+    axis.spines[:].set_visible(False)
+    describe(axis, title, caption, chars=chars)
+    return drawn
+
+
+def mosaic(maps: Tensor, columns: int) -> Tensor:
+    """Small maps (C, h, w) in rows of `columns`, one position of NaN between them."""
+    C, h, w = maps.shape
+    rows = math.ceil(C / columns)
+    tiles = maps.new_full((rows * columns, h + 1, w + 1), math.nan)
+    tiles[:C, 1:, 1:] = maps
+    tiles = tiles.unflatten(0, (rows, columns)).transpose(1, 2)
+    return tiles.reshape(rows * (h + 1), columns * (w + 1))[1:, 1:]
+
+
+def colour_bar(drawn, unit: str, caption: str = "", *, chars=40) -> None:
+    """What the shades of a picture mean, in numbers, and the caption, below it."""
+    axis = drawn.axes
+    bar = axis.figure.colorbar(drawn, ax=axis, location="bottom", pad=0.03, aspect=25,
+                               fraction=0.05, panchor=False)
+    text = "\n".join([unit, *textwrap.wrap(caption, chars)])
+    bar.set_label(text, fontsize=TEXT, loc="left", ma="left")
+    bar.ax.tick_params(labelsize=TEXT)
+    bar.ax.locator_params(nbins=5)
+
+
+def heading(figure, text: str) -> None:
+    """The sentence that a figure is about, in a strip of its own."""
+    figure.text(0.01, 0.5, text, fontsize=TITLE + 2, fontweight="bold", va="center")
+
+
+def footnote(figure, text: str, *, chars=150) -> None:
+    """A sentence below all pictures of a figure or of a part of it."""
+    figure.supxlabel("\n".join(textwrap.wrap(text, chars)), fontsize=TEXT, x=0.01,
+                     ha="left")
+
+
+def class_legend(figure, labels: Tensor, colours: Tensor, classes=None) -> None:
+    """The colour and the name of every class that occurs in `labels`."""
+    from matplotlib.patches import Patch
+    ids = [k for k in labels.unique().tolist() if k < len(colours)]
+    names = [classes[k] if classes else f"class {k}" for k in ids]
+    handles = [Patch(color=(colours[k] / 255).tolist(), label=name)
+               for k, name in zip(ids, names)]
+    figure.legend(handles=handles, loc="center", ncols=min(len(ids), 11), fontsize=TEXT,
+                  frameon=False, handlelength=1, columnspacing=1.2)
+
+
+def mark(axis, row: float, column: float, side: float, letter: str) -> None:
+    """A white frame with a letter around the square that starts at (row, column)."""
+    from matplotlib.patches import Rectangle
+    from matplotlib.patheffects import withStroke
+    # -0.5: for matplotlib pixel 0 runs from -0.5 to 0.5
+    dark = [withStroke(linewidth=4, foreground="black")]
+    axis.add_patch(Rectangle((column - 0.5, row - 0.5), side, side, fill=False,
+                             edgecolor="white", linewidth=2, path_effects=dark))
+    axis.text(column + 0.08 * side, row + 0.05 * side, letter, color="white", va="top",
+              fontsize=TITLE, fontweight="bold", path_effects=dark)
+
+
+def farthest_points(x: Tensor, count: int, first: int) -> list[int]:
+    """Rows of x (N, D) that differ: each is the farthest from those chosen before."""
+    chosen = [first]
+    while len(chosen) < min(count, len(x)):
+        distance = torch.cdist(x, x[chosen]).amin(1)
+        distance[chosen] = -1  # never twice, even if all rows are alike
+        chosen.append(int(distance.argmax()))
+    return chosen
+
+
+def synthetic_scene(H: int, W: int) -> Tensor:
+    """(1, 3, H, W): sky, road, a house, a pole and a sun, for a module's own demo.
+
+    Values are about those of a normalised image. No data set is needed for it.
+    """
+    y = torch.arange(H)[:, None] / H
+    x = torch.arange(W)[None] / W
+    here = (y + x) * 0 == 0  # everywhere
+    shapes = (((-0.5, 0.3, 1.2), here),  # sky
+              ((-0.9, -0.9, -0.8), (y > 0.62) & here),  # road
+              ((0.9, -0.4, -0.7), (y > 0.3) & (y < 0.68) & (x > 0.1) & (x < 0.38)),
+              ((-1.2, 0.6, -1.1), (y > 0.2) & (y < 0.8) & (x > 0.57) & (x < 0.61)),
+              ((1.6, 1.5, -0.2), (y - 0.3)**2 + (W / H * (x - 0.8))**2 < 0.03))
+    image = torch.zeros(1, 3, H, W)
+    for colour, where in shapes:
+        image[0, :, where] = torch.tensor(colour)[:, None]
+    return image
+
 
 # --- Cost ----------------------------------------------------------------------------
 

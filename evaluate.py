@@ -7,7 +7,7 @@
     python evaluate.py cost                       ours beside the published numbers
     python evaluate.py table runs/*               one line per configuration
     python evaluate.py compare runs/a runs/b      on the same images, with intervals
-    python evaluate.py speed nrd sfnet            time and memory, side by side
+    python evaluate.py speed METHOD METHOD         time and memory, side by side
 
 RUN is a run's folder, which means its last.pt, or a .pt file of it.
 
@@ -1620,7 +1620,7 @@ def image_size(text: str) -> tuple[int, int]:
 
 def speed_options(speed: argparse.ArgumentParser) -> None:
     speed.add_argument("methods", nargs="+", metavar="METHOD",
-                       help="as nrd or nrd:bilinear; the first one is the measure")
+                       help="or METHOD:VARIANT; the first one is the measure")
     speed.add_argument("--size", nargs="+", type=image_size, default=[(512, 1024)],
                        metavar="HxW", help="of the images (default 512x1024)")
     speed.add_argument("--classes", nargs="+", type=number(int, 1, 255), default=[19],
