@@ -877,7 +877,8 @@ def draw_legend(figure, top: float, labels: Tensor, colours: Tensor, names) -> N
     patches = [Patch(color=tuple((colours[c] / 255).tolist()), label=names[c])
                for c in labels.unique().tolist()]
     axis.legend(handles=patches, fontsize=12, loc="upper left", frameon=False,
-                borderaxespad=0, handlelength=1, handleheight=1, labelspacing=0.25)
+                borderaxespad=0, handlelength=1, handleheight=1, labelspacing=0.25,
+                ncols=1 + len(patches) // 14)
 
 
 def draw_codewords(row, x: Tensor, stride: int, labels: Tensor, chosen, best, *,
