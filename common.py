@@ -787,15 +787,23 @@ def class_legend(figure, labels: Tensor, colours: Tensor, classes=None) -> None:
 
 
 def mark(axis, row: float, column: float, side: float, letter: str) -> None:
-    """A white frame with a letter around the square that starts at (row, column)."""
+    """A white frame around the square that starts at (row, column), and its letter."""
     from matplotlib.patches import Rectangle
     from matplotlib.patheffects import withStroke
     # -0.5: for matplotlib pixel 0 runs from -0.5 to 0.5
     dark = [withStroke(linewidth=4, foreground="black")]
     axis.add_patch(Rectangle((column - 0.5, row - 0.5), side, side, fill=False,
                              edgecolor="white", linewidth=2, path_effects=dark))
-    axis.text(column + 0.08 * side, row + 0.05 * side, letter, color="white", va="top",
-              fontsize=TITLE, fontweight="bold", path_effects=dark)
+    style = {"color": "white", "fontsize": TITLE, "fontweight": "bold",
+             "path_effects": dark}
+    low, high = axis.get_xlim()
+    if side * 14 > high - low:
+        axis.text(column + 0.08 * side, row + 0.05 * side, letter, va="top", **style)
+    elif column < 0.9 * high:  # no room for it inside
+        axis.text(column + 1.3 * side, row + side / 2, letter, va="center", **style)
+    else:
+        axis.text(column - 0.3 * side, row + side / 2, letter, va="center", ha="right",
+                  **style)
 
 
 def farthest_points(x: Tensor, count: int, first: int) -> list[int]:

@@ -833,7 +833,7 @@ def draw_overview(figure, picture: Tensor, labels: Tensor, rebuilt: list[Tensor]
     right.grid(color="0.9")
     right.spines[["top", "right"]].set_visible(False)
     describe(right, "Pixels rebuilt right, in %",
-             f"These labels are compressed from {len(colours) * r * r} to E numbers "
+             f"These labels are compressed from {len(colours) * r * r:,} to E numbers "
              "per window and drawn again: the sooner the curve is high, the simpler "
              "windows are.",
              unit="components E (columns of W that are used)", chars=46)

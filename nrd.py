@@ -909,7 +909,7 @@ def draw_seams(axis, said: Tensor, s: int) -> None:
             lines, positions = at.nonzero().T
             draw = axis.vlines if upright else axis.hlines
             draw(positions + 0.5, lines - 0.5, lines + 0.5, colors=colour,
-                 linewidth=width)
+                 linewidth=width * min(1, 80 / max(said.shape)))
             changed[width // 2] += at.sum()
             pairs[width // 2] += where.sum() * len(changes)
     inside, across = (changed / pairs.clamp(min=1)).tolist()
