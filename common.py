@@ -756,8 +756,8 @@ def mosaic(maps: Tensor, columns: int) -> Tensor:
 def colour_bar(drawn, unit: str, caption: str = "", *, chars=40) -> None:
     """What the shades of a picture mean, in numbers, and the caption, below it."""
     axis = drawn.axes
-    bar = axis.figure.colorbar(drawn, ax=axis, location="bottom", pad=0.03, aspect=25,
-                               fraction=0.05, panchor=False)
+    bar = axis.figure.colorbar(drawn, ax=axis, location="bottom", pad=0.03, aspect=40,
+                               fraction=0.06, panchor=False)
     text = "\n".join([unit, *textwrap.wrap(caption, chars)])
     bar.set_label(text, fontsize=TEXT, loc="left", ma="left")
     bar.ax.tick_params(labelsize=TEXT)

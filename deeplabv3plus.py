@@ -530,8 +530,8 @@ def explain(model: DeepLabv3Plus, image: Tensor, *, palette=None, classes=None):
     figure = Figure(figsize=(WIDTH, 2 * row + 1), layout="constrained")
     top, above, below, names = figure.subfigures(4, 1, height_ratios=(0.4, row, row,
                                                                       0.5))
-    heading(top, "DeepLabv3+: enlarge what the coarse map knows, and put beside it "
-            f"{low.shape[1]} early channels that know the edges")
+    heading(top, "DeepLabv3+: enlarge what the coarse map knows, and join it with "
+            f"{low.shape[1]} early channels that see edges and colours")
     draw_features(above, picture, up, low, refined, model.encoder.output_stride)
     draw_difference(below, picture, labels, without, colours)
     class_legend(names, torch.cat([labels, without]), colours, classes)
@@ -604,9 +604,9 @@ def draw_features(figure, picture: Tensor, up: Tensor, low: Tensor,
           f"The coarse map has one position for {stride}x{stride} of these pixels, and "
           "edges are lost in it.", chars=34)
     shown = ((up, "Context, enlarged", "A bilinear step brings the coarse map to 1/4 "
-              "of the image: it is smooth and blurs every edge."),
+              "of the image, smooth, without edges."),
              (low, f"{low.shape[1]} low-level channels", "They come from early layers "
-              "at 1/4 of the image, and answer to edges and colours."),
+              "at 1/4 of the image and answer to edges and colours."),
              (refined, "Both, refined", "Convolutions read both, so that areas can end "
               "where edges are."))
     for axis, (x, title, caption) in zip(axes[1:], shown):
@@ -623,20 +623,20 @@ def draw_difference(figure, picture: Tensor, labels: Tensor, without: Tensor,
           "This is the prediction, for which context and low-level channels decide "
           "together.", chars=34)
     panel(axes[1], colours[without], "Without low-level",
-          "Here each low-level channel is its mean over the image at every place: "
-          "the context alone decides.", chars=34)
+          "Each low-level channel is set to its mean over the image, so that the "
+          "context alone decides where things are.", chars=34)
     grey = 0.5 + 0.5 * picture.mean(2, keepdim=True).expand(-1, -1, 3)
     black = torch.zeros(3)
     panel(axes[2], torch.where(changed[..., None], black, grey), "What they change",
-          f"Black pixels, {changed.float().mean():.1%} of all, change class without "
-          "the low-level channels.", chars=34)
+          f"Black pixels, {changed.float().mean():.1%} of all, change class when the "
+          "low-level channels are flat.", chars=34)
     shares = [100 * share for share in changed_by_distance(labels, without)]
     names = [*map(str, DISTANCES), "more"]
     axes[3].bar(names, shares, color="0.4")
     axes[3].spines[["top", "right"]].set_visible(False)
     describe(axes[3], "Changed pixels, in %",
-             "Where the bars are high, the low-level channels decide, where they are "
-             "low, the context does.",
+             "Where bars are high the low-level channels decide, and where they are "
+             "low the context does.",
              unit="up to .. pixels from a class boundary", chars=34)
 
 

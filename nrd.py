@@ -870,6 +870,21 @@ def class_changes(labels: Tensor, s: int) -> tuple[Tensor, Tensor]:
     return changes, border
 
 
+def seam_shares(labels: Tensor, s: int) -> Tensor:
+    """Of all pairs of neighbouring points the share that differs in class, (2,).
+
+    First that of the pairs inside cells, then that of the pairs from cell to cell.
+    """
+    differ = torch.zeros(2)
+    pairs = torch.zeros(2)
+    for x in (labels, labels.T):
+        changes, border = class_changes(x, s)
+        for i, where in enumerate((~border, border)):
+            differ[i] += (changes & where).sum()
+            pairs[i] += len(x) * where.sum()
+    return differ / pairs.clamp(min=1)
+
+
 LETTERS = "ABC"
 
 
@@ -900,23 +915,19 @@ def draw_grid(axis, shape: tuple[int, ...], side: int, colour: str) -> None:
 
 def draw_seams(axis, said: Tensor, s: int) -> None:
     """Changes of class between neighbouring points: thick where two cells meet."""
-    changed = torch.zeros(2)  # inside cells, and where two of them meet
-    pairs = torch.zeros(2)
-    for upright in (True, False):
-        changes, border = class_changes(said if upright else said.T, s)
-        for where, width, colour in ((~border, 1, "grey"), (border, 3, "black")):
-            at = changes & where
-            lines, positions = at.nonzero().T
-            draw = axis.vlines if upright else axis.hlines
-            draw(positions + 0.5, lines - 0.5, lines + 0.5, colors=colour,
-                 linewidth=width * min(1, 80 / max(said.shape)))
-            changed[width // 2] += at.sum()
-            pairs[width // 2] += where.sum() * len(changes)
-    inside, across = (changed / pairs.clamp(min=1)).tolist()
+    inside, across = seam_shares(said, s).tolist()
     panel(axis, torch.ones(*said.shape, 3), "Seams between cells",
           f"Neighbouring points differ in class at {across:.0%} of the pairs across a "
           f"border of cells (thick) and at {inside:.0%} inside cells (thin): equal "
           "shares would mean no seams.", chars=46)
+    thin = min(1, 80 / max(said.shape))
+    for x, draw in ((said, axis.vlines), (said.T, axis.hlines)):
+        changes, border = class_changes(x, s)
+        for where, width, colour in ((~border, thin, "grey"),
+                                     (border, 3 * thin, "black")):
+            lines, positions = (changes & where).nonzero().T
+            draw(positions + 0.5, lines - 0.5, lines + 0.5, colors=colour,
+                 linewidth=width)
     axis.spines[:].set_visible(True)
     draw_grid(axis, said.shape, s, "0.85")
 

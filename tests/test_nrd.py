@@ -538,6 +538,12 @@ def test_seams_are_the_changes_where_cells_meet():
     assert torch.equal(changes, border.expand(5, 11))
     changes, border = nrd.class_changes(labels, 3)
     assert not (changes & border).any()
+    # 4 x 12 points, cells of 4 x 4: 2 columns of 4 pairs where cells meet, all differ
+    assert nrd.seam_shares(labels[:4], 4).tolist() == [0, 1]
+    # the other way round, and one point of its own inside a cell: 4 of 72 pairs
+    labels = labels[:4].T.clone()
+    labels[1, 1] = 5
+    assert torch.allclose(nrd.seam_shares(labels, 4), torch.tensor([4 / 72, 1]))
 
 
 def test_the_demo_saves_its_picture(thin, tmp_path, capsys):
