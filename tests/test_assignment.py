@@ -54,7 +54,7 @@ def test_a_task_has_all_that_a_teacher_needs(task):
     assert claims, f"tests/tasks/{task.module}.py claims nothing of it"
     assert all(claim.__doc__ for claim in claims.values())
     assert sum(claim.points for claim in claims.values()) == task.points
-    assert 3 <= len(grading.mistakes_of(task)) <= 7
+    assert len(grading.mistakes_of(task)) >= 3
     names = {str(other) for other in TASKS}
     assert set(task.needs) <= names - {str(task)}
     for hidden in task.hides:
