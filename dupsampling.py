@@ -310,8 +310,14 @@ def principal_components(label_maps, num_classes: int, *, ratio: int, components
 
         C Q = sum over windows of v (v^T Q) / M - mean (mean^T Q)
 
-    Multiply random vectors Q by C again and again, and they turn towards the leading
-    eigenvectors (subspace iteration, Halko et al. 2011, Sec. 4.5)  [N5]. The literal
+    Multiply random vectors Q by C again and again, make them orthonormal in between,
+    and they turn towards the leading eigenvectors (subspace iteration, Halko et al.
+    2011, Sec. 4.5)  [N5]. Q needs a few more vectors than E (E + 16 or 2 E, at most N),
+    or the last ones will not have turned after so few passes. In the end the
+    eigenvectors of the small matrix Q^T C Q rotate Q into the leading eigenvectors of
+    C, and the E largest come first. `lost` is a float. `vectors`, below, gives the
+    windows chunk by chunk, equal ones with their number as weight; after each chunk,
+    progress(pass, passes, label maps read) is called. All in float32. The literal
     reading, an SVD of all windows, is in tests/test_dupsampling.py.
     """
     N = num_classes * ratio**2

@@ -152,6 +152,8 @@ def plain(value):
     if isinstance(value, Tensor):
         value = value.detach().cpu()
         value = value.double() if value.is_floating_point() else value.long()
+        if value.ndim == 0:
+            return value.item()
         return value.clone(memory_format=torch.contiguous_format)
     if isinstance(value, dict):
         return {str(key): plain(part) for key, part in value.items()}

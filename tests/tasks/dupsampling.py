@@ -70,9 +70,13 @@ class principal_components:
                 for left in range(0, 12, 2):
                     window = padded[top:top + 2, left:left + 2]
                     rows.append(torch.stack([window == k for k in range(3)]).flatten())
-        # E is half of N, so that every way to the eigenvectors is exact.
+        # E is half of N, so that every way with spare vectors is exact.
         W, mean, lost = dupsampling.principal_components(maps, 3, ratio=2, components=6)
         return W, mean, lost, torch.stack(rows).double()
+
+    def exact(v):
+        """All eigenvalues of the covariance of v, the largest first."""
+        return torch.linalg.eigvalsh(v.T.cov(correction=0)).flip(0)
 
     @points(1)
     def sizes(dupsampling):
@@ -93,20 +97,35 @@ class principal_components:
 
     @points(5)
     def directions(dupsampling):
-        """The variance of v along W's columns: the E largest eigenvalues, in order."""
+        """The variance of v along W's columns: the E largest eigenvalues, in order. Q
+        has a few more vectors than E, and Q^T C Q rotates it in the end.
+        """
         W, _, _, v = principal_components.fitted(dupsampling)
-        return ((v - v.mean(0)) @ W.double()).var(0, correction=0)
+        found = ((v - v.mean(0)) @ W.double()).var(0, correction=0)
+        wanted = principal_components.exact(v)[:6]
+        same = torch.allclose(found.sort(descending=True).values, wanted, rtol=1e-3)
+        near = 0.9 < found.sum() / wanted.sum() < 1.0001 and not same
+        return "close, but not converged" if near else found
 
     @points(3)
     def lost(dupsampling):
-        """The share of the variance that is in none of the E directions."""
-        return principal_components.fitted(dupsampling)[2]
+        """The share of the variance that is in none of the E directions, a float."""
+        _, _, lost, v = principal_components.fitted(dupsampling)
+        values = principal_components.exact(v)
+        least = (values[6:].sum() / values.sum()).item()
+        near = 1.01 * least < lost < 2 * least
+        return "close, but not converged" if near else lost
 
     mistakes = [
         Mistake("the vectors are not centred: the covariance is E[v v^T] minus the "
                 "mean's own product (note N2)",
                 {"product / count - torch.outer(mean, mean @ Q)": "product / count"},
                 loses="directions lost"),
+        Mistake("not converged: take a few more vectors than E (E + 16, at most N), "
+                "and in the end the eigenvectors of Q^T C Q",
+                {"min(2 * components, N)": "components"}, loses="directions lost"),
+        Mistake("the columns of W are in ascending order: the largest comes first",
+                {"return W, mean": "return W.flip(1), mean"}, loses="directions"),
         Mistake("the smallest eigenvalues are taken: eigh sorts ascending",
                 {"turn.flip(1)[:, :components]": "turn[:, :components]"},
                 loses="directions"),
@@ -174,8 +193,8 @@ class compress:
         Mistake("ignored pixels are zero after the mean came off: they are zero in v, "
                 "so -mean once centred",
                 {"v - mean[:, None, None]":
-                 "(v - mean[:, None, None]) * F.pixel_unshuffle((padded != 255)[:, None]"
-                 ".float().expand(-1, num_classes, -1, -1), ratio)"}, loses="border"),
+                 "(v - mean[:, None, None]) * F.pixel_unshuffle((padded != 255)"
+                 "[:, None].float().expand(-1, num_classes, -1, -1), ratio)"}, loses="border"),
         Mistake("the E numbers are not brought before h and w: from (B, h, w, E), "
                 "permute and not reshape",
                 {"return x": "return x.permute(0, 2, 3, 1).reshape(x.shape)"},
@@ -252,7 +271,7 @@ class downsample:
 
     @points(1)
     def shape(dupsampling):
-        """(.., h, w), also where the factor does not divide the sides."""
+        """(B, C, h, w), also where the factor does not divide the sides."""
         return [downsample.coarse(dupsampling, *size).shape
                 for size in ((12, 16), (9, 14))]
 
