@@ -194,7 +194,8 @@ class compress:
                 "so -mean once centred",
                 {"v - mean[:, None, None]":
                  "(v - mean[:, None, None]) * F.pixel_unshuffle((padded != 255)"
-                 "[:, None].float().expand(-1, num_classes, -1, -1), ratio)"}, loses="border"),
+                 "[:, None].float().expand(-1, num_classes, -1, -1), ratio)"},
+                loses="border"),
         Mistake("the E numbers are not brought before h and w: from (B, h, w, E), "
                 "permute and not reshape",
                 {"return x": "return x.permute(0, 2, 3, 1).reshape(x.shape)"},
