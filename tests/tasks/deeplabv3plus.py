@@ -120,7 +120,7 @@ class DeepLabv3PlusDecoder_forward:
                 {UP: "nn.functional.interpolate(context, low.shape[-2:], "
                      "mode='bilinear')"}, loses="odd_sizes"),
         Mistake("enlarged by 4 whatever the output stride is: self.factor times",
-                {"self.factor": "4"}, loses="odd_sizes"),
+                {UP: UP.replace("self.factor", "4")}, loses="odd_sizes"),
         Mistake("the enlarged context is not cut to the size of res2 (note N8)",
                 {UP: "upsample(context, self.factor)"}, loses="odd_sizes"),
         Mistake("res2 is not reduced: all of its channels stand beside the context",

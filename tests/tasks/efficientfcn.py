@@ -208,10 +208,10 @@ class HolisticallyGuidedDecoder_steps:
     def fusion(efficientfcn):
         """m32 and m8, of the scales, on the grid and after the compression asked for.
         """
-        return {str(options): HolisticallyGuidedDecoder_steps.parts(
+        return [HolisticallyGuidedDecoder_steps.parts(
             efficientfcn, "m32", "m8", **options) for options in (
-                {}, {"codebook_scales": ("res5",)}, {"guidance_scales": ("res3",)},
-                {"grid": "corners"}, {"compress_e8": False})}
+                {}, {"codebook_scales": ("res5",), "guidance_scales": ("res3", "res5"),
+                     "grid": "corners", "compress_e8": False})]
 
     @points(3)
     def codewords(efficientfcn):

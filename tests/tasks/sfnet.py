@@ -270,7 +270,7 @@ class FAM_forward:
                 {"in_pixels(flow.float(), self.flow_unit)": "flow.float()"},
                 loses="options"),
         Mistake("self.up is not called: it may be a deconvolution (Table 2 (a))",
-                {"self.up(": "enlarge("}, loses="options"),
+                {"self.up(self.reduce": "enlarge(self.reduce"}, loses="options"),
         Mistake("enlarged before it is reduced: self.up knows the reduced channels "
                 "only (Table 2 (a))",
                 {"self.up(self.reduce_coarse(coarse), (q, r))":
