@@ -131,8 +131,7 @@ class DeepLabv3PlusDecoder_forward:
                      "mode='bilinear', align_corners=True)"},
                 loses="values odd_sizes"),
         Mistake("nearest neighbours instead of a bilinear enlargement",
-                {UP: "context.repeat_interleave(self.factor, 2).repeat_interleave("
-                     "self.factor, 3)[..., :low.shape[2], :low.shape[3]]"},
+                {UP: "nn.functional.interpolate(context, low.shape[-2:])"},
                 loses="values odd_sizes"),
         Mistake("the decoder works on the coarse grid: res2 keeps its resolution, the "
                 "context is enlarged",

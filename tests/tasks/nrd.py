@@ -264,7 +264,8 @@ class NRDDecoder_fit:
     mistakes = [
         Mistake("the guidance is slid under the cells: resizing the map to whole cells "
                 "moves it by up to 7 positions (note N9)",
-                {BORDER: 'F.interpolate(m, (side * h, side * w), mode="bilinear")'},
+                {BORDER: "F.interpolate(m, (self.points * h, self.points * w), None, "
+                         "'bilinear')", "self.points != side": "False"},
                 loses="any_size other_points"),
         Mistake("what is missing is filled with zeros: the last row and column are "
                 "repeated (note N9)",
