@@ -146,8 +146,8 @@ from torch import Tensor, nn
 
 from common import (ASPP, WIDTH, Encoder, UserError, class_legend, colour_bar,
                     conv_bn_relu, describe, fcn_heads, heading, label_colours, panel,
-                    separable_conv, synthetic_scene, torchvision_names, upsample,
-                    viewable)
+                    separable_conv, show_errors, synthetic_scene, torchvision_names,
+                    upsample, viewable)
 
 # --- 1. Config -----------------------------------------------------------------------
 
@@ -215,7 +215,7 @@ RECIPES = {  # [N9]
 
 # task: minutes=15 points=8
 def atrous_convolution(x: Tensor, weight: Tensor, *, rate: int) -> Tensor:
-    """Eq. (1): y_i = sum_k x_(i + rate * k) w_k, a kernel with holes.
+    """Eq. (1): y_i = sum_k x_(i + rate * k) w_k, k from -1 to 1: a kernel with holes.
 
     x (B, C, h, w), weight (D, C, 3, 3), zero outside the map -> (B, D, h, w). A 3x3
     kernel reaches `rate` positions far and still costs nine products. The literal twin,
@@ -227,7 +227,10 @@ def atrous_convolution(x: Tensor, weight: Tensor, *, rate: int) -> Tensor:
 
 # task: minutes=10 points=4 section='Sec. 3.1'
 def atrous_rates(output_stride: int) -> tuple[int, ...]:
-    """Rates of ASPP that see the same stretch of the image at any stride.  [N2]"""
+    """Rates of ASPP that see the same stretch of the image at any stride.  [N2]
+
+    Whole numbers: nn.Conv2d takes no others.
+    """
     return tuple(rate * 32 // output_stride for rate in (3, 6, 9))
 
 
@@ -280,6 +283,14 @@ class DeepLabv3PlusDecoder(nn.Module):
     def __init__(self, in_channels: int, low_channels: int, num_classes: int, *,
                  channels=256, reduced=48, kernels=(3, 3), separable=True,
                  output_stride=32, dropout=0.1):
+        """The layers of Sec. 4.1, and two numbers.
+
+        reduce    1x1 with norm and ReLU, from low_channels to `reduced`
+        refine    `refinement` of the context's and the reduced channels to `channels`
+        classify  nn.Sequential of a dropout of whole channels [N4] and a 1x1 with bias
+        stride    of res2, on whose grid the decoder works
+        factor    by which the context is enlarged, from output_stride to `stride`
+        """
         super().__init__()
         self.stride = 4  # of res2, on whose grid the decoder works
         self.factor = output_stride // self.stride  # from context to there
@@ -290,6 +301,12 @@ class DeepLabv3PlusDecoder(nn.Module):
 
     # task: minutes=25 points=10 section='Sec. 3.1' hides=deeplabv3plus.explain
     def forward(self, context: Tensor, features: dict[str, Tensor]) -> Tensor:
+        """Sec. 3.1: context (B, D, h, w), features["res2"] -> logits (B, K, q, r).
+
+        The context is enlarged bilinearly by self.factor and cut to the size of res2
+        [N8]. Concatenated, it stands before the reduced low-level channels. Both are
+        refined together, then classified.
+        """
         B, D, h, w = context.shape
         low = self.reduce(features["res2"])  # (B, L, q, r)
         # At sizes that the strides do not divide, the enlarged context has up to
@@ -665,4 +682,5 @@ def demo(file: str = "") -> None:
 
 
 if __name__ == "__main__":
-    demo(*sys.argv[1:2])
+    with show_errors():
+        demo(*sys.argv[1:2])

@@ -200,8 +200,8 @@ from torch import Tensor, nn
 from common import (ASPP, LABELS, TEXT, TITLE, WIDTH, UserError, class_legend,
                     conv_bn_relu, describe, farthest_points, fcn_heads, footnote,
                     full_precision, heading, label_colours, make_encoder, mark, one_hot,
-                    panel, repeat_border, separable_conv, synthetic_scene, upsample,
-                    viewable)
+                    panel, repeat_border, separable_conv, show_errors,
+                    synthetic_scene, upsample, viewable)
 
 # torch says this at every use of the sparse matrices that the PCA is made of.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
@@ -310,8 +310,14 @@ def principal_components(label_maps, num_classes: int, *, ratio: int, components
 
         C Q = sum over windows of v (v^T Q) / M - mean (mean^T Q)
 
-    Multiply random vectors Q by C again and again, and they turn towards the leading
-    eigenvectors (subspace iteration, Halko et al. 2011, Sec. 4.5)  [N5]. The literal
+    Multiply random vectors Q by C again and again, make them orthonormal in between,
+    and they turn towards the leading eigenvectors (subspace iteration, Halko et al.
+    2011, Sec. 4.5)  [N5]. Q needs a few more vectors than E (E + 16 or 2 E, at most N),
+    or the last ones will not have turned after so few passes. In the end the
+    eigenvectors of the small matrix Q^T C Q rotate Q into the leading eigenvectors of
+    C, and the E largest come first. `lost` is a float. `vectors`, below, gives the
+    windows chunk by chunk, equal ones with their number as weight; after each chunk,
+    progress(pass, passes, label maps read) is called. All in float32. The literal
     reading, an SVD of all windows, is in tests/test_dupsampling.py.
     """
     N = num_classes * ratio**2
@@ -374,7 +380,8 @@ def compress(labels: Tensor, W: Tensor, mean: Tensor, *, num_classes: int,
              ratio: int) -> Tensor:
     """Eq. (2): x = P v, labels (B, H, W) -> Y~ (B, E, h, w), with P = W^T.
 
-    Eq. (3) asks for the best P as well. The columns of W are orthonormal, and then no
+    An ignored pixel is 0 in v, so it is -mean once v is centred. Eq. (3) asks for the
+    best P as well. The columns of W are orthonormal, and then no
     other P comes closer to v than the projection W^T.
     """
     B, height, width = labels.shape
@@ -405,11 +412,11 @@ def decompress(x: Tensor, W: Tensor, *, ratio: int) -> Tensor:
 def downsample(x: Tensor, factor: int, size: tuple[int, int]) -> Tensor:
     """Bilinear downsampling by a whole `factor` to `size` = (h, w), for Eq. (8).
 
-    Cell i of the result lies in the middle of the fine positions factor*i to
-    factor*i + factor-1. Where the last cell reaches past the map, the border is
-    repeated; to squeeze the map into `size` instead would shift what is in it. Bilinear
-    means that a cell reads the two middle positions in each direction (`factor` is
-    even, or 1) and none of the others.
+    x (B, C, H, W) -> (B, C, h, w). Cell i of the result lies in the middle of the fine
+    positions factor*i to factor*i + factor-1. Where the last cell reaches past the map,
+    the border is repeated; to squeeze the map into `size` instead would shift what is
+    in it. Bilinear means that a cell reads the two middle positions in each direction
+    (`factor` is even, or 1) and none of the others.
     """
     rows, columns = x.shape[-2:]
     h, w = size
@@ -435,6 +442,7 @@ class Temperature(nn.Module):
 
     # task: minutes=10 points=4 section='Eq. (6)'
     def forward(self, z: Tensor) -> Tensor:
+        """Logits z of any shape at the temperature T, whose logarithm is learned."""
         return z / self.log_T.exp()
 
 
@@ -940,4 +948,5 @@ def demo(file: str = "") -> None:
 
 
 if __name__ == "__main__":
-    demo(*sys.argv[1:2])
+    with show_errors():
+        demo(*sys.argv[1:2])

@@ -16,7 +16,7 @@ Dimension key
     M, L channels of the fused maps m32 and m8 (1536 each)
     h, w = ceil(H/32), ceil(W/32): the coarse grid   q, r = ceil(H/8), ceil(W/8)
     The paper's B, the base map, is `base` here; its C, all codewords, is `codewords`;
-    its A, the weighting maps, is `maps`; its W, the assembly weights, is `weights`.
+    its A~, the weighting maps, is `maps`; its W, the assembly weights, is `weights`.
 
 Paper -> code
     | Fig. 2          | HolisticallyGuidedDecoder.steps   | every tensor by its name |
@@ -186,7 +186,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (Encoder, FCNHead, UserError, conv_bn_relu, full_precision,
-                    label_colours, one_hot, repeat_border, upsample, viewable)
+                    label_colours, one_hot, repeat_border, show_errors, upsample,
+                    viewable)
 
 # --- 1. Config -----------------------------------------------------------------------
 
@@ -249,7 +250,9 @@ RECIPES = {  # of training [N12]; how the networks are tested is in [N13]
 
 # task: minutes=30 points=8 section='Sec. 3.2'
 def to_grid(x: Tensor, factor: float, size: tuple[int, int]) -> Tensor:
-    """Bilinear resizing by 1/4 .. 4 that leaves every position where it is.  [N7]
+    """Bilinear resizing that leaves every position where it is.  [N7]
+
+    x (B, C, h, w), factor 1/4, 1/2, 1, 2 or 4 -> (B, C, q, r), where `size` = (q, r).
 
     A stride-2 convolution centres position i of its output on position 2 i of its
     input. So position i of the 1/32 map and position 4 i of the 1/8 map are the same
@@ -400,7 +403,16 @@ class HolisticallyGuidedDecoder(nn.Module):
 
     # task: minutes=45 points=12 needs=efficientfcn.assemble
     def steps(self, context: Tensor, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """From the encoder's maps to f~8: every tensor that Sec. 3.2 names."""
+        """From the encoder's maps to f~8: every tensor that Sec. 3.2 names.
+
+        Returns a dict: m32 (B, M, h, w), m8 (B, L, q, r), base (B, D, h, w), maps,
+        which are A~ (B, n, h, w), guidance, which is G alone (B, D, q, r), weights
+        (B, n, q, r), codewords (B, D, n), assembled (B, D, q, r). The context takes the
+        place of res5. m32 reads codebook_scales and m8 reads guidance_scales, in their
+        order; a stage without a layer in `compress` comes as it is; without `transfer`
+        nothing is added to G. From the softmax to f~8 all is float32, also under
+        autocast (full_precision).
+        """
         B, _, h, w = context.shape
         q, r = features["res3"].shape[-2:]
         e = features | {"res5": context}  # e8, e16, e32, by the name of their stage
@@ -978,4 +990,5 @@ def scene(H: int, W: int) -> Tensor:
 
 
 if __name__ == "__main__":
-    demo(*sys.argv[1:2])
+    with show_errors():
+        demo(*sys.argv[1:2])

@@ -208,7 +208,8 @@ from torch import Tensor, nn
 from common import (ASPP, TEXT, TITLE, WIDTH, UserError, class_legend, colour_bar,
                     conv_bn_relu, farthest_points, fcn_heads, footnote, full_precision,
                     heading, label_colours, make_encoder, mark, mosaic, one_hot,
-                    panel, repeat_border, synthetic_scene, upsample, viewable)
+                    panel, repeat_border, show_errors, synthetic_scene, upsample,
+                    viewable)
 from deeplabv3plus import (DeepLabv3PlusDecoder, block_names, decoder_names, renamed,
                            shared_names, start_as_mmsegmentation, start_classifier)
 
@@ -269,7 +270,7 @@ RECIPES = {  # [N12]
 
 # task: minutes=10 points=4
 def coordinate_map(s: int) -> Tensor:
-    """Q of Sec. 2.2: x and y of the s x s points of a cell, (2, s, s).  [N3]"""
+    """Q of Sec. 2.2: x and y of a cell's s x s points, (2, s, s) in float32.  [N3]"""
     steps = torch.arange(s) / s  # 0, 1/s, .., (s-1)/s
     y, x = torch.meshgrid(steps, steps, indexing="ij")
     return torch.stack([x, y])
@@ -313,7 +314,11 @@ def split_theta(theta: Tensor, widths: tuple[int, ...]) -> list[tuple[Tensor, Te
 
 # task: minutes=20 points=6 section='Fig. 3 (b)'
 def to_cells(x: Tensor, s: int) -> Tensor:
-    """Cut a map into its cells: (B, I, s*h, s*w) -> (N, I, s*s)."""
+    """Cut a map into its cells: (B, I, s*h, s*w) -> (N, I, s*s).
+
+    The N = B*h*w cells come image by image, row by row, column by column, and the s*s
+    points of a cell row by row.
+    """
     B, I, rows, columns = x.shape
     h = rows // s
     w = columns // s
@@ -324,7 +329,10 @@ def to_cells(x: Tensor, s: int) -> Tensor:
 
 # task: minutes=15 points=4 needs=nrd.to_cells section='Fig. 3 (b)'
 def from_cells(x: Tensor, B: int, h: int, w: int) -> Tensor:
-    """Put the cells back side by side: (N, K, s*s) -> (B, K, s*h, s*w)."""
+    """Put the cells back side by side: (N, K, s*s) -> (B, K, s*h, s*w).
+
+    s is the root of the last dimension.
+    """
     N, K, points = x.shape
     s = math.isqrt(points)
     x = x.reshape(B, h, w, K, s, s)  # (B, h, w, K, s, s)
@@ -336,7 +344,8 @@ def from_cells(x: Tensor, B: int, h: int, w: int) -> Tensor:
 def represent(theta: Tensor, inputs: Tensor, *, widths: tuple[int, ...]) -> Tensor:
     """g_theta of every cell on that cell's own points, Fig. 3 (b).
 
-    theta (B, P, h, w), inputs (B, I, s*h, s*w) -> logits (B, K, s*h, s*w).
+    theta (B, P, h, w), inputs (B, I, s*h, s*w) -> logits (B, K, s*h, s*w). There is a
+    ReLU between the layers, and none behind the last one.
 
     All N small networks run in one batched product per layer: cell n multiplies its own
     weight matrix with its own s*s points. The literal reading, a loop over cells and
@@ -483,7 +492,8 @@ class NRDDecoder(nn.Module):
         A cell is 8 x 8 positions of the 1/4 map whatever the image size, so position
         (0, 0) stays where it is, and what is missing at the bottom and on the right is
         added there. Resizing the map to (8*h, 8*w) instead would slide it against the
-        cells by up to 7 positions.  [N9]
+        cells by up to 7 positions.  [N9] Where s is not 8, the whole cells are then
+        resized bilinearly (align_corners=False) to s*h x s*w.
         """
         B, M, q, r = m.shape
         side = CELL // LOW_STRIDE  # of a cell, in positions of the 1/4 map: 8
@@ -1013,4 +1023,5 @@ def demo(file: str = "") -> None:
 
 
 if __name__ == "__main__":
-    demo(*sys.argv[1:2])
+    with show_errors():
+        demo(*sys.argv[1:2])

@@ -243,7 +243,7 @@ from torch import Tensor, nn
 from torchvision.ops import DeformConv2d
 
 from common import (ASPP, Encoder, UserError, conv_bn_relu, fcn_heads, full_precision,
-                    label_colours, rows_at, viewable)
+                    label_colours, rows_at, show_errors, viewable)
 
 # --- 1. Config -----------------------------------------------------------------------
 
@@ -322,6 +322,7 @@ def enlarge(x: Tensor, size: tuple[int, int],
 
     x (B, C, h, w), size (q, r) -> (B, C, q, r); with rows (lo, hi) the rows lo..hi-1
     of that alone, (B, C, hi - lo, r), so that a large image can be done in strips.
+    `rows_at` in common.py gives the rows of x at fractional positions.
     """
     q, r = size
     if rows:
@@ -368,7 +369,8 @@ def source_points(flow: Tensor, coarse_size: tuple[int, int]) -> Tensor:
     """Eq. (2): p_l = (p_(l-1) + flow(p_(l-1))) / 2, for every fine position.
 
     flow (B, 2, q, r) in pixels of the finer map [N2], coarse_size (h, w) -> p_l, the
-    same shape, in pixels of the coarser one, x before y.
+    same shape and dtype, in pixels of the coarser one, x before y. In 16 bits positions
+    beyond 256 would be off, so FAM.forward gives the flow in float32.
 
     The half is written (h - 1) / (q - 1). It is exactly 1/2 where q = 2h - 1 [N5];
     otherwise multiplying by 1/2 would no longer send the last position to the last.
@@ -462,6 +464,13 @@ class FAM(nn.Module):
 
     # task: minutes=25 points=8 needs=sfnet.warp section='Fig. 3 (a)'
     def forward(self, coarse: Tensor, fine: Tensor) -> Tensor:
+        """coarse (B, D, h, w), fine (B, D, q, r) -> coarse on fine's grid (B, D, q, r).
+
+        Both maps are reduced to D/2 channels. The reduced coarse one is then enlarged
+        by self.up(x, size), and self.flow predicts the flow from both, which self.match
+        has brought together: `predict_flow`, Eq. (1). In pixels (`in_pixels`) it warps
+        `coarse` itself, in float32 also under autocast (full_precision).
+        """
         B, D, q, r = fine.shape
         fine_code = self.reduce_fine(fine)  # (B, D/2, q, r)
         coarse_code = self.up(self.reduce_coarse(coarse), (q, r))  # (B, D/2, q, r)
@@ -598,6 +607,9 @@ class AlignedFPN(nn.Module):
     def top_down(self, context: Tensor, features: dict[str, Tensor]) -> list[Tensor]:
         """One sum per stage, coarse first. The next finer one builds on it as it is.
 
+        context (B, D, h, w) -> [(B, D, q, r) of each stage]. A sum is the lateral's
+        output plus the coarser sum on its grid: align(coarse, fine), where `fine` is
+        the lateral's output, too.
         The 3x3 convolutions of `forward` do not lie on this way.  [N7]
         """
         coarse = context
@@ -1133,4 +1145,5 @@ def scene(H: int, W: int) -> Tensor:
 
 
 if __name__ == "__main__":
-    demo(*sys.argv[1:2])
+    with show_errors():
+        demo(*sys.argv[1:2])

@@ -29,8 +29,17 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
+LIMIT = 15  # seconds for all claims of a task, which take well under one
 # What only a teacher has. The rest of tests/ goes along where it gives nothing away.
 TEACHERS = {"assignment.py", "grading.py", "options.py", "test_assignment.py"}
+# What a student may try first: of each module one call, short enough to check by hand.
+EXAMPLES = {
+    "common": "common.one_hot(torch.tensor([[[0, 2, 255]]]), 3)",
+    "deeplabv3plus": "deeplabv3plus.atrous_rates(16)",
+    "dupsampling": "dupsampling.windows(torch.arange(16).reshape(4, 4), 2)",
+    "efficientfcn": "efficientfcn.to_grid(torch.eye(2)[None, None], 2, (3, 4))",
+    "nrd": "nrd.to_cells(torch.arange(16.0).reshape(1, 1, 4, 4), 2)",
+    "sfnet": "sfnet.enlarge(torch.eye(2)[None, None], (3, 3))"}
 PLACE = re.compile(r"(?:Sec|Eq|Fig|Table)s?\.? \(?\d[\d.]*\d?\)?(?: \([a-z]\))?")
 
 
@@ -135,10 +144,10 @@ def instructions(task: Task, docstring: str) -> list[str]:
         said += f" It is easier after {', '.join(task.needs)}."
     if "tests/" in docstring:
         said += " The tests that the text above names are not in this copy."
-    lines = textwrap.wrap(said, 80)
+    lines = textwrap.wrap(said, 78)
     for name, claim in claims_of(task).items():
         asked = f"- {name} ({claim.points}): {' '.join(claim.__doc__.split())}"
-        lines += textwrap.wrap(asked, 80, subsequent_indent="  ")
+        lines += textwrap.wrap(asked, 78, subsequent_indent="  ")
     return lines
 
 
@@ -156,7 +165,8 @@ def hollow(text: str, module: str, tasks: list[Task]) -> str:
         for hidden in task.hides:
             if hidden.split(".")[0] == module:
                 node = member(tree, hidden.split(".", 1)[1])
-                holes.append((node, [], f"task {task}: it was solved here, too"))
+                holes.append((node, [], f"task {task}: {hidden} is not in this copy, "
+                              f"because it shows the solution"))
     # From the bottom upwards, so that the numbers of the lines above stay true.
     for node, comment, error in sorted(holes, key=lambda hole: -hole[0].lineno):
         if ast.get_docstring(node):
@@ -165,8 +175,10 @@ def hollow(text: str, module: str, tasks: list[Task]) -> str:
             start = node.lineno
             while not re.search(r":\s*(#.*)?$", lines[start - 1]):
                 start += 1
-        body = [*(f"# {line}" for line in comment),
-                "raise NotImplementedError(", f'    "{error}")']
+        said = textwrap.wrap(error, 72, drop_whitespace=False)
+        body = [*(f"# {line}" for line in comment), "raise NotImplementedError(",
+                *(f'    "{part}"' for part in said)]
+        body[-1] += ")"
         indent = " " * (node.col_offset + 4)
         lines[start:node.end_lineno] = [indent + line for line in body]
     return "\n".join(lines) + "\n"
@@ -182,6 +194,8 @@ def pytest_runtest_makereport(item, call):
     """What waits for a task is skipped, and says for which."""
     report = yield
     error = call.excinfo.value if call.excinfo else None
+    while error and error.__cause__:
+        error = error.__cause__
     if isinstance(error, NotImplementedError) and str(error).startswith("task "):
         report.outcome = "skipped"
         report.longrepr = (str(item.path), item.location[1], f"waits for {error}")
@@ -218,9 +232,12 @@ def hand_out(names: list[str], folder: Path) -> list[Task]:
     for module in sorted(file.stem for file in ROOT.glob("*.py")):
         (folder / f"{module}.py").write_text(hollow(read(module), module, tasks),
                                              encoding="utf-8")
-    for name in ("README.md", "requirements.txt", ".gitignore",
-                 "results/published.csv", "results/classes.csv"):  # which are read
-        shutil.copy(ROOT / name, folder / name)
+    for path in (ROOT / "requirements.txt", ROOT / ".gitignore",
+                 *ROOT.glob("results/*.csv")):
+        shutil.copy(path, folder / path.relative_to(ROOT))
+    for name in ("README.md", "results/README.md"):
+        (folder / name).write_text(for_students((ROOT / name).read_text("utf-8")),
+                                   encoding="utf-8")
     behind = given_away(tasks)
     for file in TESTS.glob("*.py"):
         if file.name not in behind:
@@ -229,6 +246,46 @@ def hand_out(names: list[str], folder: Path) -> list[Task]:
         conftest.write(SKIP)
     (folder / "TASKS.md").write_text(sheet(tasks), encoding="utf-8")
     return tasks
+
+
+def for_students(page: str) -> str:
+    """A page without its pictures and without what is for teachers."""
+    page = re.sub(r"^## For teachers\n.*?(?=^## |\Z)", "", page, flags=re.M | re.S)
+    return re.sub(r"^!\[.*\n\n?", "", page, flags=re.M)
+
+
+def how_to_work(tasks: list[Task]) -> list[str]:
+    """The part of TASKS.md on running, checking and grading."""
+    module = tasks[0].module
+    behind = given_away(tasks)
+    tests = next(file.name for file in sorted(TESTS.glob("test_*.py"), key=lambda file:
+                 file.name != "test_prose.py") if file.name not in behind)
+    return ["## How to work", "", f"""\
+Begin with the tasks that others are easier after. The paper is cited at the top of the
+file. Tensors are float32 unless a docstring says otherwise.
+
+```sh
+pip install -r requirements.txt
+python {module}.py
+python -m pytest -rs tests/{tests}
+```
+
+The second line sends an image through the network and prints the shapes; it ends with
+the name of a task that it needs and that is open. The third runs tests. What needs an
+open task is skipped, and `-rs` says for which it waits. Tests that would show a
+solution, such as `tests/test_{module}.py`, are not in this copy. To check one function
+alone:
+
+```python
+import torch, {module}
+print({EXAMPLES[module]})
+```
+
+Below `Task` stand the claims, each with its points. For the grade, each runs on inputs
+that are not told here and gets its points if the result is that of the original, up to
+rounding. A task is graded on its own, with all others solved, so one that is open or
+wrong costs no points elsewhere. It has {LIMIT} seconds, no network, and may not write
+files."""]
 
 
 def sheet(tasks: list[Task]) -> str:
@@ -240,7 +297,10 @@ def sheet(tasks: list[Task]) -> str:
              "graded, together with functions,\nconstants and imports that you add to "
              "the same file. Changes anywhere else do not\ncount.", "",
              "| task | in the paper | easier after | minutes | points |",
-             "|---|---|---|---|---|", *rows]
+             "|---|---|---|---|---|", *rows, ""]
+    parts += [f"`{hidden}` is not in this copy, because it shows the solution of "
+              f"`{task}`.\n" for task in tasks for hidden in task.hides]
+    parts += how_to_work(tasks)
     for module in dict.fromkeys(task.module for task in tasks):
         questions = TESTS / "questions" / f"{module}.md"
         if questions.exists():

@@ -53,15 +53,21 @@ class atrous_convolution:
 
 
 class atrous_rates:
+    def rates(deeplabv3plus, *strides):
+        """The rates as texts: 6.0 is not 6."""
+        return {f"output stride {stride}": [
+            str(rate) for rate in deeplabv3plus.atrous_rates(stride)]
+            for stride in strides}
+
     @points(2)
     def dilated(deeplabv3plus):
-        """The paper's at output strides 16 and 8."""
-        return [deeplabv3plus.atrous_rates(stride) for stride in (16, 8)]
+        """The paper's at output strides 16 and 8, as whole numbers."""
+        return atrous_rates.rates(deeplabv3plus, 16, 8)
 
     @points(2)
     def undilated(deeplabv3plus):
         """Those that see the same stretch of the image at 32."""
-        return deeplabv3plus.atrous_rates(32)
+        return atrous_rates.rates(deeplabv3plus, 32)
 
     mistakes = [
         Mistake("the rates do not depend on the stride: a finer map needs larger ones "
@@ -73,14 +79,17 @@ class atrous_rates:
                 loses="dilated undilated"),
         Mistake("twice the paper's: 6, 12, 18 belong to output stride 16, not to 32",
                 {"(3, 6, 9)": "(6, 12, 18)"}, loses="dilated undilated"),
+        Mistake("the rates are floats: nn.Conv2d wants whole numbers",
+                {"32 // output_stride": "32 / output_stride"},
+                loses="dilated undilated"),
     ]
 
 
 class DeepLabv3PlusDecoder_forward:
-    def logits(deeplabv3plus, q, r):
-        """Logits of a small decoder at output stride 16, on a context of 3 x 4."""
+    def logits(deeplabv3plus, q, r, output_stride=16):
+        """Logits of a small decoder, on a context of 3 x 4."""
         decoder = deeplabv3plus.DeepLabv3PlusDecoder(
-            6, 5, 3, channels=8, reduced=4, output_stride=16).eval()
+            6, 5, 3, channels=8, reduced=4, output_stride=output_stride).eval()
         return decoder(torch.randn(2, 6, 3, 4), {"res2": torch.randn(2, 5, q, r)})
 
     @points(2)
@@ -95,8 +104,12 @@ class DeepLabv3PlusDecoder_forward:
 
     @points(4)
     def odd_sizes(deeplabv3plus):
-        """Where 4 does not divide res2's sides, what is too much is cut (note N8)."""
-        return DeepLabv3PlusDecoder_forward.logits(deeplabv3plus, 10, 13)
+        """Where self.factor, 4 or 2, does not divide res2's sides, what is too much is
+        cut (note N8).
+        """
+        return {f"output stride {stride}": DeepLabv3PlusDecoder_forward.logits(
+            deeplabv3plus, *size, stride) for stride, size in (
+                (16, (10, 13)), (8, (5, 7)))}
 
     UP = "upsample(context, self.factor, low.shape[-2:])"
     mistakes = [
@@ -106,13 +119,19 @@ class DeepLabv3PlusDecoder_forward:
                 "factor and cut, or it is shifted (note N8)",
                 {UP: "nn.functional.interpolate(context, low.shape[-2:], "
                      "mode='bilinear')"}, loses="odd_sizes"),
+        Mistake("enlarged by 4 whatever the output stride is: self.factor times",
+                {UP: UP.replace("self.factor", "4")}, loses="odd_sizes"),
+        Mistake("the enlarged context is not cut to the size of res2 (note N8)",
+                {UP: "upsample(context, self.factor)"}, loses="odd_sizes"),
+        Mistake("res2 is not reduced: all of its channels stand beside the context",
+                {'self.reduce(features["res2"])': 'features["res2"]'},
+                loses="shape values odd_sizes"),
         Mistake("align_corners=True: here it is False (note N8)",
                 {UP: "nn.functional.interpolate(context, low.shape[-2:], "
                      "mode='bilinear', align_corners=True)"},
                 loses="values odd_sizes"),
         Mistake("nearest neighbours instead of a bilinear enlargement",
-                {UP: "context.repeat_interleave(self.factor, 2).repeat_interleave("
-                     "self.factor, 3)[..., :low.shape[2], :low.shape[3]]"},
+                {UP: "nn.functional.interpolate(context, low.shape[-2:])"},
                 loses="values odd_sizes"),
         Mistake("the decoder works on the coarse grid: res2 keeps its resolution, the "
                 "context is enlarged",
@@ -150,15 +169,17 @@ class DeepLabv3PlusDecoder___init__:
         """Dropout of whole channels, then a 1x1 with bias (note N4)."""
         decoder = DeepLabv3PlusDecoder___init__.decoder(deeplabv3plus, dropout=0.2)
         dropout, classifier = decoder.classify
-        return (type(dropout).__name__, dropout.p, type(classifier).__name__,
-                [p.shape for p in classifier.parameters()])
+        return {"first": type(dropout).__name__, "p": getattr(dropout, "p", 0.0),
+                "then": type(classifier).__name__, "kernel": classifier.weight.shape,
+                "has a bias": classifier.bias is not None}
 
     @points(1)
     def strides(deeplabv3plus):
         """`stride`, that of res2, and `factor`, from the context to there."""
-        decoders = [DeepLabv3PlusDecoder___init__.decoder(
-            deeplabv3plus, output_stride=stride) for stride in (8, 16)]
-        return [(decoder.stride, decoder.factor) for decoder in decoders]
+        decoders = {f"output stride {stride}": DeepLabv3PlusDecoder___init__.decoder(
+            deeplabv3plus, output_stride=stride) for stride in (8, 16)}
+        return {name: {"stride": decoder.stride, "factor": decoder.factor}
+                for name, decoder in decoders.items()}
 
     mistakes = [
         Mistake("the first 3x3 reads the context alone: the reduced channels stand "
@@ -172,11 +193,20 @@ class DeepLabv3PlusDecoder___init__:
         Mistake("the low-level features go through a 3x3: a 1x1 reduces them",
                 {"conv_bn_relu(low_channels, reduced, 1)":
                  "conv_bn_relu(low_channels, reduced)"}, loses="reduce"),
+        Mistake("the 1x1 that reduces res2 has no norm and ReLU: see conv_bn_relu",
+                {"conv_bn_relu(low_channels, reduced, 1)":
+                 "nn.Conv2d(low_channels, reduced, 1)"}, loses="reduce"),
         Mistake("one 3x3 convolution instead of two (Sec. 4.1)",
                 {"channels, kernels, separable)": "channels, kernels[:1], separable)"},
                 loses="refine"),
         Mistake("single numbers are dropped: Dropout2d drops whole channels",
                 {"nn.Dropout2d(dropout)": "nn.Dropout(dropout)"}, loses="classify"),
+        Mistake("there is no dropout before the classifier (note N4)",
+                {"nn.Dropout2d(dropout)": "nn.Identity()"}, loses="classify"),
+        Mistake("the classifier has no bias: no norm follows it, so it needs one",
+                {"num_classes, 1)": "num_classes, 1, bias=False)"}, loses="classify"),
+        Mistake("the factor is 4 whatever the output stride is: at 8 it is 2",
+                {"output_stride // self.stride": "4"}, loses="strides"),
         Mistake("the context is enlarged by the whole output stride: up to res2 only",
                 {"output_stride // self.stride": "output_stride"}, loses="strides"),
     ]
@@ -192,7 +222,7 @@ class start_as_mmsegmentation:
 
     @points(3)
     def deviation(deeplabv3plus):
-        """Variance 2 / fan_out; 1 means that it is."""
+        """Standard deviation over sqrt(2 / fan_out), rounded: it must be 1."""
         return start_as_mmsegmentation.scale(deeplabv3plus, 40, 120, bias=False)
 
     @points(1)
@@ -203,11 +233,11 @@ class start_as_mmsegmentation:
 
     @points(1)
     def bell(deeplabv3plus):
-        """A normal distribution: 4.6 % of the weights beyond two deviations."""
+        """A normal distribution: 0.27 % of the weights beyond three deviations."""
         conv = nn.Conv2d(40, 120, 3, bias=False)
         deeplabv3plus.start_as_mmsegmentation(conv)
-        return round(100 * (conv.weight.abs() > 2 * conv.weight.std()).float().mean(
-            ).item() / 4.6)
+        beyond = (conv.weight.abs() > 3 * conv.weight.std()).float().mean().item()
+        return round(100 * beyond / 0.27)
 
     @points(2)
     def with_bias(deeplabv3plus):
@@ -219,12 +249,27 @@ class start_as_mmsegmentation:
 
     DRAW = """nn.init.kaiming_normal_(conv.weight, mode="fan_out",
                                         nonlinearity="relu")"""
+    VARIANCE = "2 / (conv.out_channels * conv.kernel_size[0]**2)"
     mistakes = [
         Mistake("fan_in instead of fan_out",
                 {'mode="fan_out"': 'mode="fan_in"'}, loses="deviation depthwise"),
         Mistake("variance 1 / fan_out: the ReLU halves the power, hence the 2",
                 {'nonlinearity="relu"': 'nonlinearity="linear"'},
                 loses="deviation depthwise"),
+        Mistake("the variance is given where the standard deviation is asked for: that "
+                "is its root",
+                {DRAW: f"nn.init.normal_(conv.weight, std={VARIANCE})"},
+                loses="deviation depthwise"),
+        Mistake("divided by the groups: fan_out has all output channels here",
+                {DRAW: f"nn.init.normal_(conv.weight, std=({VARIANCE} * conv.groups)"
+                       "**0.5)"}, loses="depthwise"),
+        Mistake("Xavier's rule, which has fan_in in it, too: Kaiming's with fan_out",
+                {DRAW: "nn.init.xavier_normal_(conv.weight)"}, loses="deviation"),
+        Mistake("cut off at two standard deviations: that is the authors' code, not "
+                "mmsegmentation's (note N7)",
+                {DRAW: f"std = ({VARIANCE})**0.5; nn.init.trunc_normal_(conv.weight, "
+                       "std=std, a=-2 * std, b=2 * std)"},
+                loses="deviation depthwise bell"),
         Mistake("drawn from a uniform distribution: the normal one has no border",
                 {"kaiming_normal_": "kaiming_uniform_"}, loses="bell"),
         Mistake("convolutions with a bias are drawn, too: those have no batch norm",

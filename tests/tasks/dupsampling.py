@@ -43,6 +43,9 @@ class windows:
         Mistake("windows at the border are left out: math.ceil, not a floor",
                 {"math.ceil(H / r), math.ceil(W / r)": "H // r, W // r"},
                 loses="shape border"),
+        Mistake("a window too many where r divides the sides: nothing is missing there",
+                {"math.ceil(H / r), math.ceil(W / r)": "H // r + 1, W // r + 1"},
+                loses="shape whole"),
         Mistake("padded above and on the left, so that all windows are moved",
                 {PAD: "(w * r - W, 0, h * r - H, 0)"}, loses="border"),
     ]
@@ -67,9 +70,13 @@ class principal_components:
                 for left in range(0, 12, 2):
                     window = padded[top:top + 2, left:left + 2]
                     rows.append(torch.stack([window == k for k in range(3)]).flatten())
-        # E is half of N, so that every way to the eigenvectors is exact.
+        # E is half of N, so that every way with spare vectors is exact.
         W, mean, lost = dupsampling.principal_components(maps, 3, ratio=2, components=6)
         return W, mean, lost, torch.stack(rows).double()
+
+    def exact(v):
+        """All eigenvalues of the covariance of v, the largest first."""
+        return torch.linalg.eigvalsh(v.T.cov(correction=0)).flip(0)
 
     @points(1)
     def sizes(dupsampling):
@@ -90,20 +97,35 @@ class principal_components:
 
     @points(5)
     def directions(dupsampling):
-        """The variance of v along W's columns: the E largest eigenvalues, in order."""
+        """The variance of v along W's columns: the E largest eigenvalues, in order. Q
+        has a few more vectors than E, and Q^T C Q rotates it in the end.
+        """
         W, _, _, v = principal_components.fitted(dupsampling)
-        return ((v - v.mean(0)) @ W.double()).var(0, correction=0)
+        found = ((v - v.mean(0)) @ W.double()).var(0, correction=0)
+        wanted = principal_components.exact(v)[:6]
+        same = torch.allclose(found.sort(descending=True).values, wanted, rtol=1e-3)
+        near = 0.9 < found.sum() / wanted.sum() < 1.0001 and not same
+        return "close, but not converged" if near else found
 
     @points(3)
     def lost(dupsampling):
-        """The share of the variance that is in none of the E directions."""
-        return principal_components.fitted(dupsampling)[2]
+        """The share of the variance that is in none of the E directions, a float."""
+        _, _, lost, v = principal_components.fitted(dupsampling)
+        values = principal_components.exact(v)
+        least = (values[6:].sum() / values.sum()).item()
+        near = 1.01 * least < lost < 2 * least
+        return "close, but not converged" if near else lost
 
     mistakes = [
         Mistake("the vectors are not centred: the covariance is E[v v^T] minus the "
                 "mean's own product (note N2)",
                 {"product / count - torch.outer(mean, mean @ Q)": "product / count"},
                 loses="directions lost"),
+        Mistake("not converged: take a few more vectors than E (E + 16, at most N), "
+                "and in the end the eigenvectors of Q^T C Q",
+                {"min(2 * components, N)": "components"}, loses="directions lost"),
+        Mistake("the columns of W are in ascending order: the largest comes first",
+                {"return W, mean": "return W.flip(1), mean"}, loses="directions"),
         Mistake("the smallest eigenvalues are taken: eigh sorts ascending",
                 {"turn.flip(1)[:, :components]": "turn[:, :components]"},
                 loses="directions"),
@@ -156,16 +178,28 @@ class compress:
 
     @points(2)
     def border(dupsampling):
-        """Ignored pixels, and those beyond the border, are zero in v (note N3)."""
-        return compress.compressed(dupsampling, 5, 7, void=0.2)
+        """Ignored pixels, and those beyond the border, are zero in v (note N3), and the
+        mean comes off there, too.
+        """
+        return compress.compressed(dupsampling, 5, 7, void=0.2, mean=torch.rand(12))
 
     UNSHUFFLE = "F.pixel_unshuffle(one_hot(padded, num_classes), ratio)"
     mistakes = [
         Mistake("v is not centred: the mean has to come off before W^T (note N2)",
-                {"v - mean[:, None, None]": "v"}, loses="centred"),
+                {"v - mean[:, None, None]": "v"}, loses="centred border"),
         Mistake("the mean is added: it has to come off (note N2)",
                 {"v - mean[:, None, None]": "v + mean[:, None, None]"},
-                loses="centred"),
+                loses="centred border"),
+        Mistake("ignored pixels are zero after the mean came off: they are zero in v, "
+                "so -mean once centred",
+                {"v - mean[:, None, None]":
+                 "(v - mean[:, None, None]) * F.pixel_unshuffle((padded != 255)"
+                 "[:, None].float().expand(-1, num_classes, -1, -1), ratio)"},
+                loses="border"),
+        Mistake("the E numbers are not brought before h and w: from (B, h, w, E), "
+                "permute and not reshape",
+                {"return x": "return x.permute(0, 2, 3, 1).reshape(x.shape)"},
+                loses="values centred border"),
         Mistake("v is in the order (row, column, class): it is (class, row, column), "
                 "as the pixel shuffle has it (note N4)",
                 {UNSHUFFLE: f"{UNSHUFFLE}.unflatten(1, (num_classes, -1))"
@@ -221,6 +255,14 @@ class decompress:
                 "inside its window belong behind those of the window",
                 {SHUFFLE: "v.reshape(B, -1, h * ratio, w * ratio)"},
                 loses="values gradients"),
+        Mistake("the pixels of a window are spread over the map: h comes before the "
+                "row inside a window, and w before the column",
+                {SHUFFLE: "v.unflatten(1, (-1, ratio, ratio)).permute(0, 1, 2, 4, 3, 5)"
+                          ".reshape(B, -1, h * ratio, w * ratio)"},
+                loses="values gradients"),
+        Mistake("W gets no gradient: is there a .detach(), .data or .item()?",
+                {"W[:, :, None, None]": "W.detach()[:, :, None, None]"},
+                loses="gradients"),
     ]
 
 
@@ -230,7 +272,7 @@ class downsample:
 
     @points(1)
     def shape(dupsampling):
-        """(.., h, w), also where the factor does not divide the sides."""
+        """(B, C, h, w), also where the factor does not divide the sides."""
         return [downsample.coarse(dupsampling, *size).shape
                 for size in ((12, 16), (9, 14))]
 
@@ -257,8 +299,11 @@ class downsample:
         Mistake("a cell is its first position: off by half a cell",
                 {RESIZE: "x[..., ::factor, ::factor]"}, loses="values border"),
         Mistake("the map is squeezed into the size, which shifts what is in it",
-                {REPEAT: "F.interpolate(x, (h * factor, w * factor), mode='bilinear')"},
+                {REPEAT: "x", RESIZE: "F.interpolate(x, size, mode='bilinear')"},
                 loses="border"),
+        Mistake("antialias reads more than the two middle positions",
+                {"align_corners=False": "align_corners=False, antialias=True"},
+                loses="values border"),
         Mistake("what is missing is filled with zeros: repeat the border",
                 {REPEAT: "F.pad(x, (0, w * factor - columns, 0, h * factor - rows))"},
                 loses="border"),
@@ -299,6 +344,10 @@ class Temperature_forward:
                 loses="values gradients"),
         Mistake("the parameter is taken for T: it is log T (note N11)",
                 {"self.log_T.exp()": "self.log_T"}, loses="start values gradients"),
+        Mistake("log T gets no gradient: is there a .detach(), .data or .item()?",
+                {"self.log_T.exp()": "self.log_T.exp().item()"}, loses="gradients"),
+        Mistake("1 + log T is T near 1 only: T = exp(log T)",
+                {"self.log_T.exp()": "(1 + self.log_T)"}, loses="values gradients"),
         Mistake("the softmax is taken here, too: it is the loss that takes it",
                 {"z / self.log_T.exp()": "(z / self.log_T.exp()).softmax(1)"},
                 loses="start values gradients"),

@@ -36,6 +36,10 @@ class to_grid:
         Mistake("align_corners=False: position i belongs on position 4 i, and not half "
                 "a cell further (note N7)",
                 {"align_corners=True": "align_corners=False"}, loses="up beyond"),
+        Mistake("enlarged by the whole factor and cut: a shift of half a cell, for "
+                "position i belongs on position 4 i (note N7)",
+                {f"(step * (h - 1) + 1, step * (w - 1) + 1), {MODE}":
+                 'scale_factor=step, mode="bilinear"'}, loses="up beyond"),
         Mistake("nearest neighbours: the new rows lie between two known ones",
                 {MODE: 'mode="nearest"'}, loses="up beyond"),
         Mistake("the map is stretched to the size: h rows have h - 1 gaps, so they "
@@ -85,6 +89,9 @@ class spatial_softmax:
                 "of its own",
                 {SOFTMAX: "maps.flatten(1).softmax(dim=1).reshape(maps.shape)"},
                 loses="values large gradients"),
+        Mistake("the logarithm of the softmax: Eq. (1) has none",
+                {".softmax(dim=2)": ".log_softmax(dim=2)"},
+                loses="values large gradients"),
         Mistake("exp overflows: take off the largest number first, as torch's softmax "
                 "does",
                 {SOFTMAX: "maps.exp() / maps.exp().sum((2, 3), keepdim=True)"},
@@ -120,6 +127,10 @@ class codebook:
         Mistake("the codewords are transposed: (B, D, n), one a column",
                 {"return places @ shares": "return (places @ shares).mT"},
                 loses="shape values gradients"),
+        Mistake("reshaped where a transpose is needed: (B, n, D) to (B, D, n)",
+                {"return places @ shares":
+                 "return (places @ shares).mT.reshape(B, -1, n)"},
+                loses="values gradients"),
         Mistake("a second softmax: the weights come from Eq. (1) and have had theirs",
                 {"weighting.flatten(2)": "weighting.flatten(2).softmax(2)"},
                 loses="values gradients"),
@@ -157,29 +168,34 @@ class assemble:
                 {PRODUCT: f"{PRODUCT} * n**-0.5"}, loses="values gradients"),
         Mistake("a mean over the codewords: Eq. (3) is a sum",
                 {PRODUCT: f"{PRODUCT} / n"}, loses="values gradients"),
+        Mistake("reshaped where a transpose is needed: (B, q*r, D) to (B, D, q, r)",
+                {"mixtures.unflatten(2, (q, r))": "mixtures.mT.reshape(B, -1, q, r)"},
+                loses="values gradients"),
         Mistake("rows and columns are exchanged when the places are laid out again",
                 {"mixtures.unflatten(2, (q, r))": "mixtures.unflatten(2, (r, q)).mT"},
                 loses="values gradients"),
     ]
 
 
-def small_decoder(efficientfcn):
-    """A decoder of few channels, and maps of a 65 x 97 image that it reads."""
+def small_decoder(efficientfcn, **options):
+    """A decoder of few channels, and what it reads of a 75 x 115 image: context and
+    features.
+    """
     scales = ("res3", "res4", "res5")
+    options = {"codebook_scales": scales, "guidance_scales": scales, "transfer": True,
+               "compress_e8": True, "conv_up": False} | options
     decoder = efficientfcn.HolisticallyGuidedDecoder(
         {"res3": 4, "res4": 5, "res5": 6}, 3, channels=4, codewords=5,
-        codeword_channels=8, codebook_scales=scales, guidance_scales=scales,
-        transfer=True, compress_e8=True, double=False, weighting_hidden=0,
-        conv_up=False).eval()
-    features = {"res3": torch.randn(2, 4, 9, 13), "res4": torch.randn(2, 5, 5, 7),
+        codeword_channels=8, double=False, weighting_hidden=0, **options).eval()
+    features = {"res3": torch.randn(2, 4, 10, 15), "res4": torch.randn(2, 5, 5, 8),
                 "res5": torch.randn(2, 6, 3, 4)}
-    return decoder, features
+    return decoder, torch.randn(2, 6, 3, 4), features
 
 
 class HolisticallyGuidedDecoder_steps:
-    def parts(efficientfcn, *names):
-        decoder, features = small_decoder(efficientfcn)
-        steps = decoder.steps(features["res5"], features)
+    def parts(efficientfcn, *names, **options):
+        decoder, context, features = small_decoder(efficientfcn, **options)
+        steps = decoder.steps(context, features)
         return {name: steps[name] for name in names or steps}
 
     @points(2)
@@ -190,8 +206,12 @@ class HolisticallyGuidedDecoder_steps:
 
     @points(2)
     def fusion(efficientfcn):
-        """m32 and m8."""
-        return HolisticallyGuidedDecoder_steps.parts(efficientfcn, "m32", "m8")
+        """m32 and m8, of the scales, on the grid and after the compression asked for.
+        """
+        return [HolisticallyGuidedDecoder_steps.parts(
+            efficientfcn, "m32", "m8", **options) for options in (
+                {}, {"codebook_scales": ("res5",), "guidance_scales": ("res3", "res5"),
+                     "grid": "corners", "compress_e8": False})]
 
     @points(3)
     def codewords(efficientfcn):
@@ -201,8 +221,11 @@ class HolisticallyGuidedDecoder_steps:
 
     @points(2)
     def weights(efficientfcn):
-        """The assembly weights, from G plus the mean of the base map."""
-        return HolisticallyGuidedDecoder_steps.parts(efficientfcn, "weights")
+        """The assembly weights, from G plus the mean of the base map; without
+        `transfer`, from G alone.
+        """
+        return {f"transfer={value}": HolisticallyGuidedDecoder_steps.parts(
+            efficientfcn, "weights", transfer=value) for value in (True, False)}
 
     @points(1)
     def guidance(efficientfcn):
@@ -230,6 +253,34 @@ class HolisticallyGuidedDecoder_steps:
         Mistake("the weighting maps have had no softmax, Eq. (1)",
                 {"spatial_softmax(maps.float())": "maps.float()"},
                 loses="codewords assembled"),
+        Mistake("`maps` has had no softmax: it is A~ of Eq. (1)",
+                {'"maps": maps,': '"maps": self.weighting(m32),'}, loses="codewords"),
+        Mistake("the sum of the base map is added to G instead of its mean",
+                {"base.mean(dim": "base.sum(dim"}, loses="weights assembled"),
+        Mistake("`transfer` is not looked at: without it, nothing is added to G",
+                {"if self.transfer:": "if True:"}, loses="weights"),
+        Mistake("self.grid is not handed to `fuse`",
+                {"(h, w), grid=self.grid": "(h, w)",
+                 "(q, r), grid=self.grid": "(q, r)"},
+                loses="fusion"),
+        Mistake("codebook_scales is not looked at: m32 has these stages only (Table 2)",
+                {"for stage in self.codebook_scales": "for stage in SCALES"},
+                loses="fusion"),
+        Mistake("guidance_scales is not looked at: m8 has these stages only (Table 3)",
+                {"for stage in self.guidance_scales": "for stage in SCALES"},
+                loses="fusion"),
+        Mistake("every stage is compressed: one without a layer in self.compress comes "
+                "as it is (note N3)",
+                {"layer(e[stage]) for stage, layer in self.compress.items()":
+                 "self.compress[stage](e[stage]) for stage in SCALES"}, loses="fusion"),
+        Mistake("m8 begins with the coarsest stage: the order is that of "
+                "guidance_scales",
+                {"for stage in self.guidance_scales":
+                 "for stage in self.guidance_scales[::-1]"},
+                loses="fusion weights guidance assembled"),
+        Mistake("res5 is read as the encoder gives it: `context` takes its place",
+                {'features | {"res5": context}': "features | {}"},
+                loses="fusion codewords weights guidance assembled"),
     ]
 
 
@@ -237,14 +288,17 @@ class HolisticallyGuidedDecoder_forward:
     @points(3)
     def logits(efficientfcn):
         """Of [f~8; G], through conv_up and the classifier: the first of two results."""
-        decoder, features = small_decoder(efficientfcn)
-        return decoder(features["res5"], features)[0]
+        logits = {}
+        for value in (False, True):
+            decoder, context, features = small_decoder(efficientfcn, conv_up=value)
+            logits[f"conv_up={value}"] = decoder(context, features)[0]
+        return logits
 
     @points(1)
     def no_aux(efficientfcn):
         """The second result is an empty list: there are no auxiliary maps."""
-        decoder, features = small_decoder(efficientfcn)
-        result = decoder(features["res5"], features)
+        decoder, context, features = small_decoder(efficientfcn)
+        result = decoder(context, features)
         return len(result), result[1]
 
     PAIR = '[step["assembled"], step["guidance"]]'
@@ -253,6 +307,10 @@ class HolisticallyGuidedDecoder_forward:
                 {PAIR: '[step["guidance"], step["assembled"]]'}, loses="logits"),
         Mistake("f^8 is without G: classes come from f~8, edges from G (note N6)",
                 {PAIR: '[step["assembled"], step["assembled"]]'}, loses="logits"),
+        Mistake("conv_up is left out (Fig. 2)",
+                {"self.conv_up(f8)": "f8"}, loses="logits"),
+        Mistake("None in the place of the auxiliary maps: it is an empty list",
+                {"self.conv_up(f8)), []": "self.conv_up(f8)), None"}, loses="no_aux"),
         Mistake("the logits alone are returned: the result is (logits, [])",
                 {"self.conv_up(f8)), []": "self.conv_up(f8))"}, loses="logits no_aux"),
     ]

@@ -15,8 +15,9 @@ def random_theta(nrd, *grid):
 class coordinate_map:
     @points(1)
     def shape(nrd):
-        """(2, s, s) for any s."""
-        return [nrd.coordinate_map(s).shape for s in (1, 3, 8)]
+        """(2, s, s) for any s, in float32."""
+        maps = {f"s = {s}": nrd.coordinate_map(s) for s in (1, 3, 8)}
+        return {name: [str(Q.dtype), *Q.shape] for name, Q in maps.items()}
 
     @points(3)
     def values(nrd):
@@ -33,7 +34,13 @@ class coordinate_map:
                 {"torch.arange(s) / s": "(torch.arange(s) + 0.5) / s"},
                 loses="values"),
         Mistake("the points are numbered, but not divided by s: Q is in [0, 1)",
-                {"torch.arange(s) / s": "torch.arange(s)"}, loses="values"),
+                {"torch.arange(s) / s": "torch.arange(s)"}, loses="shape values"),
+        Mistake("the numbers are float64: the layers that read them know float32 only",
+                {"torch.arange(s) / s": "torch.arange(s, dtype=torch.float64) / s"},
+                loses="shape"),
+        Mistake("from -1 to 1: Q is in [0, 1), from 0 in steps of 1/s (Sec. 2.2)",
+                {"torch.arange(s) / s": "torch.arange(s) / s * 2 - 1"},
+                loses="values"),
         Mistake("the coordinates are the last dimension: they are channels, (2, s, s)",
                 {"torch.stack([x, y])": "torch.stack([x, y], -1)"},
                 loses="shape values"),
@@ -132,6 +139,9 @@ class to_cells:
                 {"x.reshape(B, I, h, s, w, s)": "x.reshape(B, I, s, h, s, w)",
                  "x.permute(0, 2, 4, 1, 3, 5)": "x.permute(0, 3, 5, 1, 2, 4)"},
                 loses="values"),
+        Mistake("the channels are mixed: those of F.unfold are I blocks of s*s numbers",
+                {"x.reshape(B * h * w, I, s * s)": "x.reshape(B * h * w, s * s, I).mT"},
+                loses="values"),
         Mistake("the images alternate: all cells of the first image come first",
                 {"x.permute(0, 2, 4, 1, 3, 5)": "x.permute(2, 4, 0, 1, 3, 5)"},
                 loses="values"),
@@ -213,6 +223,14 @@ class represent:
                 "P numbers are mixed with those of others",
                 {"theta.permute(0, 2, 3, 1).reshape(N, P)": "theta.reshape(N, P)"},
                 loses="values gradients one_layer"),
+        Mistake("theta gets no gradient: is there a .detach(), .data or .item()?",
+                {"theta = theta.permute": "theta = theta.detach().permute"},
+                loses="gradients"),
+        Mistake("the inputs of g go through a ReLU: it stands between the layers only",
+                {"to_cells(inputs, s)": "to_cells(inputs, s).relu()"},
+                loses="values gradients one_layer"),
+        Mistake("a sigmoid between the layers: it is a ReLU",
+                {"x.relu()": "x.sigmoid()"}, loses="values gradients"),
     ]
 
 
@@ -237,24 +255,38 @@ class NRDDecoder_fit:
 
     @points(2)
     def other_points(nrd):
-        """With s = 4 or 16 points per side of a cell, the map is resized to them."""
-        return {f"s = {s}": NRDDecoder_fit.fitted(nrd, 16, 24, 2, 3, s)
+        """With s = 4 or 16 points per side of a cell, whole cells are resized to them.
+        """
+        return {f"s = {s}": NRDDecoder_fit.fitted(nrd, 13, 23, 2, 3, s)
                 for s in (4, 16)}
 
     BORDER = "repeat_border(m, side * h - q, side * w - r)"
     mistakes = [
         Mistake("the guidance is slid under the cells: resizing the map to whole cells "
                 "moves it by up to 7 positions (note N9)",
-                {BORDER: 'F.interpolate(m, (side * h, side * w), mode="bilinear")'},
-                loses="any_size"),
+                {BORDER: "F.interpolate(m, (self.points * h, self.points * w), None, "
+                         "'bilinear')", "self.points != side": "False"},
+                loses="any_size other_points"),
         Mistake("what is missing is filled with zeros: the last row and column are "
                 "repeated (note N9)",
                 {BORDER: "F.pad(m, (0, side * w - r, 0, side * h - q))"},
-                loses="any_size"),
+                loses="any_size other_points"),
         Mistake("what is missing is added above and on the left: that moves every "
                 "position (note N9)",
                 {BORDER: "F.pad(m, (side * w - r, 0, side * h - q, 0), "
-                         "mode='replicate')"}, loses="any_size"),
+                         "mode='replicate')"}, loses="any_size other_points"),
+        Mistake("the map is resized before its border is repeated: where 8 does not "
+                "divide its sides, that moves it; fill up the cells first (note N9)",
+                {BORDER: "repeat_border(n := F.interpolate(m, None, self.points / side,"
+                         " 'bilinear'), self.points * h - n.shape[2], self.points * w "
+                         "- n.shape[3])", "self.points != side": "False"},
+                loses="other_points"),
+        Mistake("the border is repeated up to s*h instead of 8*h: a cell is 8 x 8 "
+                "positions; only then are whole cells resized",
+                {BORDER: "repeat_border(m, self.points * h - q, self.points * w - r)",
+                 "self.points != side": "False"}, loses="other_points"),
+        Mistake("a mean over areas instead of a bilinear resize",
+                {'mode="bilinear"': 'mode="area"'}, loses="other_points"),
         Mistake("nearest neighbours instead of a bilinear resize",
                 {'mode="bilinear"': 'mode="nearest"'}, loses="other_points"),
         Mistake("align_corners=True: cells are areas, so borders lie on borders",

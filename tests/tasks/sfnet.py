@@ -75,6 +75,13 @@ class source_points:
         Mistake("the flow is taken off instead of added",
                 {"columns + flow[:, 0]": "columns - flow[:, 0]",
                  "rows + flow[:, 1]": "rows - flow[:, 1]"}, loses="flow other_sizes"),
+        Mistake("the flow is taken off along x: Eq. (2) adds it along both directions",
+                {"columns + flow[:, 0]": "columns - flow[:, 0]"},
+                loses="flow other_sizes"),
+        Mistake("the points are clamped to the map: what lies outside counts as zero "
+                "in Eq. (3), and is not moved (note N4)",
+                {X: f"({X}).clamp(0, w - 1)", Y: f"({Y}).clamp(0, h - 1)"},
+                loses="flow other_sizes"),
         Mistake("a plain half: where q is not 2h - 1 it misses the far corner (note "
                 "N5)",
                 {X: "x / 2", Y: "y / 2"}, loses="other_sizes"),
@@ -86,7 +93,7 @@ class source_points:
 class sample:
     def inputs(low, high):
         """A map (2, 3, 4, 6) and points whose coordinates are shares of its sides."""
-        share = low + (high - low) * torch.rand(2, 2, 5, 7, dtype=torch.float64)
+        share = low + (high - low) * torch.rand(2, 2, 7, 9, dtype=torch.float64)
         return double(2, 3, 4, 6), share * torch.tensor([5.0, 3.0])[:, None, None]
 
     @points(4)
@@ -105,9 +112,29 @@ class sample:
         return dict(zip(("coarse", "points"), gradients(
             sfnet.sample, *sample.inputs(0.01, 0.99))))
 
+    X = "2 * x / max(w - 1, 1) - 1"
+    Y = "2 * y / max(h - 1, 1) - 1"
     mistakes = [
         Mistake("x and y are swapped: channel 0 of the points is x",
                 {"x, y = points": "y, x = points"}, loses="inside outside gradients"),
+        Mistake("the grid has y before x: grid_sample wants x, then y",
+                {f"[{X}, {Y}]": f"[{Y}, {X}]"}, loses="inside outside gradients"),
+        Mistake("the grid has y before x, also with align_corners=False: x, then y",
+                {f"[{X}, {Y}]": "[(2 * y + 1) / h - 1, (2 * x + 1) / w - 1]",
+                 "align_corners=True": "align_corners=False"},
+                loses="inside outside gradients"),
+        Mistake("the points are not normalised: grid_sample runs from -1 to 1",
+                {X: "x", Y: "y"}, loses="inside outside gradients"),
+        Mistake("normalised to 0 .. 1: grid_sample runs from -1 to 1",
+                {X: "x / max(w - 1, 1)", Y: "y / max(h - 1, 1)"},
+                loses="inside outside gradients"),
+        Mistake("normalised by the size of the fine map: the points are pixels of the "
+                "coarse one",
+                {"max(w - 1, 1)": "(points.shape[-1] - 1)",
+                 "max(h - 1, 1)": "(points.shape[-2] - 1)"},
+                loses="inside outside gradients"),
+        Mistake("the points get no gradient: is there a .detach(), .data or .item()?",
+                {"points.unbind": "points.detach().unbind"}, loses="gradients"),
         Mistake("align_corners=False: -1 and 1 are the centres of the first and of the "
                 "last pixel (note N3)",
                 {"align_corners=True": "align_corners=False"},
@@ -140,12 +167,19 @@ class warp:
         return dict(zip(("coarse", "flow"), gradients(
             sfnet.warp, double(2, 3, 4, 6), double(2, 2, 7, 11))))
 
+    SAMPLE = "sample(coarse, source_points(flow, coarse.shape[-2:]))"
     mistakes = [
         Mistake("the flow points the other way: features are fetched from p + flow(p)",
                 {"source_points(flow,": "source_points(-flow,"},
                 loses="flow gradients"),
         Mistake("the flow is not used: this is plain enlargement",
-                {"source_points(flow,": "source_points(0 * flow,"},
+                {SAMPLE: "enlarge(coarse, flow.shape[-2:])"}, loses="flow gradients"),
+        Mistake("the flow itself is sampled at: it is where to go from here, and "
+                "`source_points` makes points of it, Eq. (2)",
+                {SAMPLE: "sample(coarse, flow)"}, loses="zero_flow flow gradients"),
+        Mistake("the enlarged map is warped: interpolated twice, it is blurred",
+                {SAMPLE: "sample(enlarge(coarse, flow.shape[-2:]), "
+                         "source_points(flow, flow.shape[-2:]))"},
                 loses="flow gradients"),
         Mistake("the coarse map's width and height are exchanged: size is (h, w)",
                 {"coarse.shape[-2:]": "coarse.shape[:-3:-1]"},
@@ -215,42 +249,52 @@ class FAM_forward:
         return FAM_forward.aligned(sfnet, 0.0)
 
     @points(2)
-    def unit(sfnet):
-        """flow_unit="released" (note N2)."""
-        return FAM_forward.aligned(sfnet, flow_unit="released")
+    def options(sfnet):
+        """Other ways of Table 2: the unit of the flow (note N2), self.up, self.match.
+        """
+        return {name: FAM_forward.aligned(sfnet, **{name: value}) for name, value in (
+            ("flow_unit", "released"), ("upsampling", "deconv"), ("reach", 1))}
 
     mistakes = [
         Mistake("the reduced map is warped: it only serves to predict the flow; what "
                 "is warped is the coarse map itself (Fig. 3 (a))",
-                {"warp(coarse.float()": "warp(coarse_code.float()"},
-                loses="values zero_flow unit"),
+                {"warp(coarse.float()": "warp(self.reduce_coarse(coarse).float()"},
+                loses="values zero_flow options"),
         Mistake("the maps are concatenated the wrong way round: coarse first, Eq. (1)",
                 {"predict_flow(coarse_code, fine_code":
-                 "predict_flow(fine_code, coarse_code"}, loses="values unit"),
+                 "predict_flow(fine_code, coarse_code"}, loses="values options"),
         Mistake("the two 1x1 convolutions are exchanged",
                 {"self.reduce_fine(fine)": "self.reduce_coarse(fine)",
                  "self.reduce_coarse(coarse)": "self.reduce_fine(coarse)"},
-                loses="values unit"),
+                loses="values options"),
         Mistake("the enlarged map is warped: interpolated twice, it is blurred",
-                {"warp(coarse.float()": "warp(self.up(coarse, (q, r)).float()"},
-                loses="values unit"),
+                {"warp(coarse.float()": "warp(enlarge(coarse, (q, r)).float()"},
+                loses="values options"),
         Mistake("the unit of the flow is not looked at (note N2, in_pixels)",
                 {"in_pixels(flow.float(), self.flow_unit)": "flow.float()"},
-                loses="unit"),
+                loses="options"),
+        Mistake("self.up is not called: it may be a deconvolution (Table 2 (a))",
+                {"self.up(self.reduce": "enlarge(self.reduce"}, loses="options"),
+        Mistake("enlarged before it is reduced: self.up knows the reduced channels "
+                "only (Table 2 (a))",
+                {"self.up(self.reduce_coarse(coarse), (q, r))":
+                 "self.reduce_coarse(self.up(coarse, (q, r)))"}, loses="options"),
+        Mistake("self.match is not handed to predict_flow (Table 2 (c))",
+                {"match=self.match": "match=concatenate"}, loses="options"),
         Mistake("the fine map is added here, too: the pyramid does that",
                 {"return warp(": "return fine + warp("},
-                loses="values zero_flow unit"),
+                loses="values zero_flow options"),
     ]
 
 
 class AlignedFPN_top_down:
     def sums(sfnet):
         stages = {"res4": 5, "res3": 4, "res2": 3}
-        pyramid = sfnet.AlignedFPN(stages, 4, 3, {stage: sfnet.ZeroFlow()
+        pyramid = sfnet.AlignedFPN(stages, 6, 3, {stage: sfnet.FAM(6)
                                                   for stage in stages}).eval()
         features = {"res4": torch.randn(2, 5, 5, 7), "res3": torch.randn(2, 4, 9, 13),
                     "res2": torch.randn(2, 3, 17, 25)}
-        return pyramid.top_down(torch.randn(2, 4, 3, 4), features)
+        return pyramid.top_down(torch.randn(2, 6, 3, 4), features)
 
     @points(2)
     def shapes(sfnet):
@@ -279,6 +323,14 @@ class AlignedFPN_top_down:
         Mistake("every stage adds the context: it adds the sum before",
                 {"self.align[stage](coarse, fine)": "self.align[stage](context, fine)"},
                 loses="finer"),
+        Mistake("self.align is not called: plain enlargement ignores every FAM",
+                {"self.align[stage](coarse, fine)": "enlarge(coarse, fine.shape[-2:])"},
+                loses="first finer"),
+        Mistake("self.align gets the encoder's map: it wants the lateral's output, "
+                "which is as wide as the coarser sum",
+                {"self.align[stage](coarse, fine)":
+                 "self.align[stage](coarse, features[stage])"},
+                loses="shapes first finer"),
         Mistake("the coarser sum is not added",
                 {SUM: "fine"}, loses="first finer"),
         Mistake("a mean of the two maps: it is their sum (Sec. 3.3)",
