@@ -458,6 +458,7 @@ def test_changed_pixels_are_counted_by_their_distance():
     assert deeplabv3plus.changed_by_distance(alike, alike) == [0] * 7
 
 
+@pytest.mark.thorough
 def test_the_demo_saves_its_picture(thin, tmp_path, capsys):
     deeplabv3plus.demo(str(tmp_path / "picture.png"))
     assert (tmp_path / "picture.png").stat().st_size > 10_000

@@ -525,6 +525,7 @@ def test_a_column_is_tinted_by_the_class_it_speaks_for():
                        torch.tensor([[[0.75, 0.75, 1], [0, 0, 1]]]))
 
 
+@pytest.mark.thorough
 def test_the_demo_saves_its_picture(thin, tmp_path, capsys):
     dupsampling.demo(str(tmp_path / "picture.png"))
     assert (tmp_path / "picture.png").stat().st_size > 10_000

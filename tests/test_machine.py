@@ -31,7 +31,8 @@ def test_a_run_outlives_the_disk_of_its_output(tmp_path):
     assert load_checkpoint(tmp_path)["iteration"] == 4
 
 
-@pytest.mark.parametrize("ends", ["| head -n 1", ">&- 2>&-"])
+@pytest.mark.parametrize("ends", [
+    "| head -n 1", pytest.param(">&- 2>&-", marks=pytest.mark.thorough)])
 def test_a_program_outlives_who_listens(ends):
     """A closed pipe, a closed stdout and stderr: exit code 0 and no traceback."""
     command = f"{sys.executable} evaluate.py cost nrd:bilinear --json {ends}"

@@ -413,6 +413,7 @@ def test_the_window_lies_where_labels_change():
     assert top <= 4 and left <= 8
 
 
+@pytest.mark.thorough
 def test_demo_saves_the_picture(tmp_path, capsys):
     sfnet.demo(str(tmp_path / "x.png"))
     assert (tmp_path / "x.png").stat().st_size > 10_000
@@ -636,7 +637,7 @@ def released(backbone="resnet18s", **options):
 
 @pytest.mark.parametrize("backbone, dilated, size", [
     ("resnet18s", True, (65, 97)), ("resnet18s", False, (96, 64)),
-    ("resnet50s", True, (64, 64))])
+    pytest.param("resnet50s", True, (64, 64), marks=pytest.mark.thorough)])
 def test_released_network_is_the_official_one(backbone, dilated, size, monkeypatch):
     """Equal weights, equal logits, gradients and statistics: N1 to N10 in one.
 

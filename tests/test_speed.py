@@ -62,11 +62,11 @@ def test_training_steps_and_sizes_and_the_picture(tmp_path, capsys):
         call_evaluate("speed", "nrd", "--train", "--size", "64x64")
     assert "--batch 2" in capsys.readouterr().err
     call_evaluate("speed", "nrd:bilinear", "--train", "--batch", 2, "--rounds", 1,
-                  "--size", "64x64", "64x96", "--classes", 3, 5, "--out", tmp_path)
+                  "--size", "32x32", "32x64", "--classes", 3, "--out", tmp_path)
     said = capsys.readouterr().out
-    assert "training step, batch 2" in said and said.count("nrd:bilinear") == 4
-    assert said.count("1.00x") == 4, "the measure is the first method of each size"
-    assert len((tmp_path / "speed.csv").read_text().splitlines()) == 5
+    assert "training step, batch 2" in said and said.count("nrd:bilinear") == 2
+    assert said.count("1.00x") == 2, "the measure is the first method of each size"
+    assert len((tmp_path / "speed.csv").read_text().splitlines()) == 3
     assert Image.open(tmp_path / "speed.png").size[0] > 800
 
 
