@@ -947,15 +947,10 @@ def command_cost(args) -> None:
 # --- table ---------------------------------------------------------------------------
 
 
-@cache  # a table has many runs of few networks
-def fingerprint(method: str, num_classes: int, backbone: str, options: str) -> str:
-    """Equal for two networks that start with the same weights and say the same.
-
-    `options` are those of build, as JSON.
-    """
+def fingerprint(method: str, num_classes: int, backbone: str, options: dict) -> str:
+    """Equal for two networks that start with the same weights and say the same."""
     torch.manual_seed(0)
-    model = build_model(method, num_classes, backbone=backbone,
-                        **json.loads(options)).eval()
+    model = build_model(method, num_classes, backbone=backbone, **options).eval()
     channels = num_classes if backbone == LABELS else 3
     images = torch.linspace(-2, 2, channels * 64 * 64).reshape(1, channels, 64, 64)
     with torch.no_grad():
@@ -967,9 +962,9 @@ def used_options(checkpoint: dict) -> dict:
     """The options of a run, without those that its variant does not use."""
     options = checkpoint["options"]
     network = (checkpoint["method"], len(checkpoint["classes"]), checkpoint["backbone"])
-    whole = fingerprint(*network, json.dumps(options))
+    whole = fingerprint(*network, options)
     return {name: value for name, value in options.items() if whole != fingerprint(
-        *network, json.dumps({k: v for k, v in options.items() if k != name}))}
+        *network, {k: v for k, v in options.items() if k != name})}
 
 
 def run_facts(checkpoint: dict, used: dict) -> dict[str, str]:
