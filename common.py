@@ -392,7 +392,7 @@ class ASPP(nn.Module):
     # task: minutes=15 points=5 section='arXiv:1706.05587, Sec. 3.3'
     def forward(self, x: Tensor) -> Tensor:
         views = []
-        if self.pool:
+        if self.pool is not None:
             pooled = self.pool(x)  # one vector, for every position
             views.append(pooled.expand(-1, -1, *x.shape[-2:]))
         views += [branch(x) for branch in self.branches]
@@ -775,15 +775,32 @@ def footnote(figure, text: str, *, chars=150) -> None:
                      ha="left")
 
 
-def class_legend(figure, labels: Tensor, colours: Tensor, classes=None) -> None:
-    """The colour and the name of every class that occurs in `labels`."""
+def class_patches(labels: Tensor, colours: Tensor, classes=None) -> list:
+    """For a legend: the colour and the name of every class that occurs in `labels`."""
     from matplotlib.patches import Patch
-    ids = [k for k in labels.unique().tolist() if k < len(colours)]
-    names = [classes[k] if classes else f"class {k}" for k in ids]
-    handles = [Patch(color=(colours[k] / 255).tolist(), label=name)
-               for k, name in zip(ids, names)]
-    figure.legend(handles=handles, loc="center", ncols=min(len(ids), 11), fontsize=TEXT,
-                  frameon=False, handlelength=1, columnspacing=1.2)
+    return [Patch(color=(colours[k] / 255).tolist(),
+                  label=classes[k] if classes else f"class {k}")
+            for k in labels.unique().tolist() if k < len(colours)]
+
+
+def class_legend(figure, labels: Tensor, colours: Tensor, classes=None) -> None:
+    """The classes that occur in `labels`, side by side."""
+    patches = class_patches(labels, colours, classes)
+    figure.legend(handles=patches, loc="center", ncols=min(len(patches), 11),
+                  fontsize=TEXT, frameon=False, handlelength=1, columnspacing=1.2)
+
+
+def placed_panel(figure, *, left: float, top: float, height: float, width: float,
+                 title="", caption="", weight="normal", below=0.1):
+    """An axis of that place and size in inches; its caption, in lines of its width."""
+    w, h = figure.get_size_inches()
+    axis = figure.add_axes((left / w, 1 - (top + height) / h, width / w, height / h))
+    axis.set_title(title, loc="left", fontsize=TITLE, fontweight=weight, pad=6)
+    letters = int(10.7 * width)  # of a line
+    figure.text(left / w, 1 - (top + height + below) / h,
+                textwrap.fill(caption, letters), fontsize=TEXT, va="top",
+                linespacing=1.2)
+    return axis
 
 
 def mark(axis, row: float, column: float, side: float, letter: str) -> None:
@@ -945,11 +962,12 @@ def wrong_field(checkpoint: dict) -> str:
     for name, kind in FIELDS.items():
         if not isinstance(checkpoint.get(name), kind):
             return f"{name} is {checkpoint.get(name)!r:.60}, expected a {kind.__name__}"
-    classes, palette = checkpoint["classes"], checkpoint["palette"]
+    classes = checkpoint["classes"]
+    palette = checkpoint["palette"]
     if not all(isinstance(name, str) for name in classes):
         return "not every class has a name"
-    bytes_ = [c for colour in palette for c in colour if c in range(256)]
-    if len(palette) != len(classes) or len(bytes_) != 3 * len(classes):
+    legal = [c for colour in palette for c in colour if c in range(256)]
+    if len(palette) != len(classes) or len(legal) != 3 * len(classes):
         return f"{len(classes)} classes need as many colours, of 3 numbers in 0..255"
     if not len(checkpoint["mean"]) == len(checkpoint["std"]) == 3 or not all(
             isinstance(x, float) and x > 0 for x in checkpoint["std"]):
@@ -1111,7 +1129,14 @@ def peak_memory(device) -> float:
     except ImportError:
         return math.nan
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9  # KiB on Linux
+    if sys.platform == "darwin":  # it counts bytes, Linux KiB
+        return peak / 1e9
+    # On Linux that is at least what the program had which started this one. VmHWM is
+    # of this one alone.
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    own = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
+    return (own or [peak])[0] * 1024 / 1e9
 
 
 class Parser(argparse.ArgumentParser):

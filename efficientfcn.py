@@ -185,9 +185,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import (Encoder, FCNHead, UserError, conv_bn_relu, full_precision,
-                    label_colours, one_hot, repeat_border, show_errors, upsample,
-                    viewable)
+from common import (Encoder, FCNHead, UserError, class_patches, conv_bn_relu,
+                    full_precision, label_colours, one_hot, placed_panel, repeat_border,
+                    show_errors, synthetic_scene, upsample, viewable)
 
 # --- 1. Config -----------------------------------------------------------------------
 
@@ -741,7 +741,8 @@ def explain(model: EfficientFCN, image: Tensor, *, palette=None, classes=None):
     height = min(WIDE * H / W, WIDE)  # of a panel, in inches
     figure = Figure(figsize=(14, 2 * (height + AROUND) + 3.9))
     tops = [i * (height + AROUND) + 0.82 for i in range(3)]
-    rows = [partial(panel, figure, top=top, height=height) for top in tops[:2]]
+    rows = [partial(placed_panel, figure, top=top, height=height, width=WIDE)
+            for top in tops[:2]]
     draw_image(rows[0], viewable(image[0]), places)
     draw_labels(rows[1], labels, colours)
     draw_legend(figure, tops[2], labels, colours, names)
@@ -835,19 +836,6 @@ AROUND = 1.87  # headline, title, caption and space of a row of panels
 COLUMNS = tuple(0.15 + 2.6 * i for i in range(6))  # left sides; the last has the bar
 
 
-def panel(figure, *, left: float, top: float, height: float, width=WIDE, title="",
-          caption="", below=0.1):
-    """An axis with its title above and its caption, in lines of its width, below."""
-    from textwrap import fill
-    w, h = figure.get_size_inches()
-    axis = figure.add_axes((left / w, 1 - (top + height) / h, width / w, height / h))
-    axis.set_title(title, loc="left", fontsize=13, pad=6)
-    letters = int(10.7 * width)  # of a line
-    figure.text(left / w, 1 - (top + height + below) / h, fill(caption, letters),
-                fontsize=12.5, va="top", linespacing=1.2)
-    return axis
-
-
 def headline(axis, text: str) -> None:
     """Bold, above the title of a panel; it may run on over the panels beside it."""
     axis.annotate(text, (0, 1), (0, 28), xycoords="axes fraction", fontsize=14,
@@ -883,11 +871,10 @@ def draw_labels(row, labels: Tensor, colours: Tensor) -> None:
 
 
 def draw_legend(figure, top: float, labels: Tensor, colours: Tensor, names) -> None:
-    from matplotlib.patches import Patch
-    axis = panel(figure, left=COLUMNS[0], top=top, height=2.2, title="Classes")
+    axis = placed_panel(figure, left=COLUMNS[0], top=top, height=2.2, width=WIDE,
+                        title="Classes")
     axis.axis("off")
-    patches = [Patch(color=tuple((colours[c] / 255).tolist()), label=names[c])
-               for c in labels.unique().tolist()]
+    patches = class_patches(labels, colours, names)
     axis.legend(handles=patches, fontsize=12, loc="upper left", frameon=False,
                 borderaxespad=0, handlelength=1, handleheight=1, labelspacing=0.25,
                 ncols=1 + len(patches) // 14)
@@ -925,11 +912,12 @@ def draw_mixtures(figure, top: float, weights: Tensor, places, chosen, best,
     shown = sum(groups.values(), [])
     gaps = [0.5 * k for k, group in enumerate(groups.values()) for _ in group]
     ticks = [k + gap for k, gap in enumerate(gaps)]
-    axis = panel(figure, left=COLUMNS[1] + 0.6, top=top - 0.15, height=1.65, width=8.8,
-                 below=0.75, caption=(
-        f"The new feature of A is the sum of all {n} codewords, each times its "
+    axis = placed_panel(
+        figure, left=COLUMNS[1] + 0.6, top=top - 0.15, height=1.65, width=8.8,
+        below=0.75,
+        caption=f"The new feature of A is the sum of all {n} codewords, each times its "
         f"coefficient at A ({zeros} of these are 0); B mixes the same codewords in "
-        "other amounts. Below each number: the class whose places get most."))
+        "other amounts. Below each number: the class whose places get most.")
     headline(axis, "3  Mixed: how much of some codewords the places A and B take")
     for shift, name, column in zip((-0.2, 0.2), "AB", columns):
         axis.bar([x + shift for x in ticks], column[shown].numpy(), 0.38,
@@ -959,7 +947,7 @@ def demo(file: str = "") -> None:
     """
     torch.manual_seed(0)
     model = build(5, backbone="resnet18").eval()
-    image = scene(96, 160)
+    image = synthetic_scene(96, 160)
     with torch.no_grad():
         features = model.encoder(image)
         context = model.context(features["res5"])
@@ -973,20 +961,6 @@ def demo(file: str = "") -> None:
         explain(model, image).savefig(file, dpi=100)
         print(f"picture: {file}")
     print("costs: python evaluate.py cost efficientfcn")
-
-
-def scene(H: int, W: int) -> Tensor:
-    """A picture (1, 3, H, W) of sky, ground, a house, a box and a ball."""
-    y, x = torch.meshgrid(torch.linspace(0, 1, H), torch.linspace(0, 2, W),
-                          indexing="ij")
-    image = torch.empty(3, H, W)
-    for place, colour in (
-            (y >= 0, (0.3, 0.8, 1.6)), (y > 0.6, (-0.6, -0.7, -0.7)),
-            ((x < 0.7) & (y > 0.2) & (y < 0.7), (0.9, -0.4, -0.8)),
-            ((x > 1.1) & (x < 1.3) & (y > 0.3) & (y < 0.8), (1.6, 1.4, -1.0)),
-            ((x - 1.6)**2 + (y - 0.7)**2 < 0.04, (-0.9, 0.9, -0.5))):
-        image[:, place] = torch.tensor(colour)[:, None]
-    return image[None]
 
 
 if __name__ == "__main__":

@@ -47,10 +47,11 @@ from torchvision.transforms.v2.functional import resize
 import data
 from common import (ABOVE_ZERO, BACKBONES, IGNORE_INDEX, LABELS, ConfusionMatrix,
                     Parser, UserError, autocast, build_model, checkpoint_file,
-                    count_cost, join_processes, load_checkpoint, load_method,
-                    make_folder, methods, number, out_of_memory, peak_memory, progress,
-                    published, rank_and_world, restore, rows_at,
-                    segmentation_loss, shapes_only, show_errors, usable)
+                    class_patches, count_cost, join_processes, label_colours,
+                    load_checkpoint, load_method, make_folder, methods, number,
+                    out_of_memory, peak_memory, progress, published, rank_and_world,
+                    restore, rows_at, segmentation_loss, shapes_only, show_errors,
+                    usable)
 
 # --- An image becomes class ids ------------------------------------------------------
 
@@ -1070,10 +1071,16 @@ def command_table(args) -> None:
     for row in table:
         print("| " + " | ".join(map(str, row.values())) + " |")
     if args.csv:
-        with open(args.csv, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, table[0])
-            writer.writeheader()
-            writer.writerows(table)
+        write_csv(args.csv, table)
+
+
+def write_csv(path: str | Path, table: list[dict]) -> None:
+    """A line per row; a row may lack columns that others have."""
+    columns = dict.fromkeys(key for row in table for key in row)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(table)
 
 
 # --- compare -------------------------------------------------------------------------
@@ -1152,7 +1159,8 @@ def compared_rows(groups: dict[str, list[dict]], seen: Compared,
     per_image, whole = mious(seen.counts), mious(seen.counts.sum(1))
     hits = seen.counts.sum(1).diagonal(dim1=-2, dim2=-1).double()
     ious = hits / (seen.counts.sum((1, 2)) + seen.counts.sum((1, 3)) - hits)
-    table, first = [], None
+    table = []
+    first = None
     for name, rows in groups.items():
         mine = [i for i, run in enumerate(runs) if run in rows]
         first = first or mine
@@ -1178,7 +1186,8 @@ def compared_rows(groups: dict[str, list[dict]], seen: Compared,
 def in_words(row: dict, first: str) -> str:
     """What the interval of a difference allows to say."""
     name = row["method"]
-    low, high = row["difference low"], row["difference high"]
+    low = row["difference low"]
+    high = row["difference high"]
     between = f"{row['difference']:+.4f}, 95 % interval [{low:+.4f}, {high:+.4f}]"
     if low <= 0 <= high:
         return (f"{name} and {first} are not told apart by these images: {between}. "
@@ -1225,14 +1234,13 @@ def command_compare(args) -> None:
     for row in table[1:]:
         print(in_words(row, table[0]["method"]))
     out = make_folder(args.out)
+    nulls = [{key: None if value != value else value for key, value in row.items()}
+             for row in table]  # JSON knows no NaN
     report = {"dataset": dataset.info.name, "split": args.split, "images": len(indices),
               "protocol": str(protocol), "draws": DRAWS,
-              "runs": [str(row["folder"]) for row in runs], "rows": table}
+              "runs": [str(row["folder"]) for row in runs], "rows": nulls}
     (out / "compare.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-    with open(out / "compare.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, table[0])
-        writer.writeheader()
-        writer.writerows(table)
+    write_csv(out / "compare.csv", table)
     worst = [indices[i] for i in seen.differ.argsort(descending=True)[:2].tolist()]
     shown = [(index, *dataset.load(index)) for index in sorted(worst)]
     guesses = [guess(data.NORMALISE(image)[None]) for _, image, _ in shown]
@@ -1265,7 +1273,7 @@ def compare_picture(table: list[dict], shown: list, guesses: list, info,
     shown: [(index, image, labels)], guesses: of each one, the ids by each method.
     """
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch, Rectangle
+    from matplotlib.patches import Rectangle
     columns, rows = 2 + len(table), 2 * len(shown)
     H, W = shown[0][2].shape
     heights = 2.4 * rows * H / W + 0.4, max(2.8, 0.4 * len(table) + 1)
@@ -1294,10 +1302,11 @@ def compare_picture(table: list[dict], shown: list, guesses: list, info,
         axis.set(xticks=[], yticks=[])
     forest, cost, key = lower.subplots(1, 3, width_ratios=(3, 3, 1.6))
     draw_numbers(forest, cost, table)
-    squares = [Patch(color=np.array(colour) / 255, label=name)
-               for name, colour in zip(info.classes, info.palette)]
-    key.legend(handles=squares[:40], loc="center", frameon=False, fontsize=8,
-               ncols=math.ceil(min(40, len(squares)) / 12))
+    truth = torch.cat([labels.flatten() for _, _, labels in shown])
+    patches = class_patches(truth, label_colours(info.palette, len(info.classes)),
+                            info.classes)
+    key.legend(handles=patches, loc="center", frameon=False, fontsize=8,
+               ncols=math.ceil(len(patches) / 12))
     key.axis("off")
     figure.savefig(path)
 
@@ -1313,8 +1322,8 @@ def draw_numbers(forest, cost, table: list[dict]) -> None:
     """Left the differences to the first method with their intervals, right the cost."""
     names = [row["method"] for row in table]
     for y, row in enumerate(table):
-        low, high = row["difference low"], row["difference high"]
-        forest.plot([100 * low, 100 * high], [y, y], color="0.5", lw=3)
+        ends = [100 * row["difference low"], 100 * row["difference high"]]
+        forest.plot(ends, [y, y], color="0.5", lw=3)
         forest.plot(100 * row["difference"], y, "o", color="black")
         cost.plot(row["gmacs"], row["miou"], "o", color="black")
         cost.annotate(row["method"], (row["gmacs"], row["miou"]), fontsize=8,
@@ -1362,6 +1371,15 @@ class Stopwatch:
         self.seconds[name].append(time.perf_counter() - self.begun[name])
 
 
+def speed_subject(args, spec: str, size: tuple[int, int], num_classes: int):
+    """A network with random weights and a batch of random images."""
+    torch.manual_seed(0)
+    model = build_model(spec, num_classes, backbone=args.backbone)
+    images = torch.randn(args.batch, 3, *size, device=args.device)
+    return (model.to(args.device, memory_format=torch.channels_last),
+            images.to(memory_format=torch.channels_last))
+
+
 def speed_step(model: nn.Module, images: Tensor, args):
     """A function that does once what is timed: inference, or a training step."""
     labels = torch.zeros(len(images), *images.shape[-2:], dtype=torch.uint8,
@@ -1390,11 +1408,7 @@ def time_methods(args, size: tuple[int, int], num_classes: int) -> list[dict]:
     """
     timed = {}
     for spec in args.methods:
-        torch.manual_seed(0)
-        model = build_model(spec, num_classes, backbone=args.backbone)
-        model = model.to(args.device, memory_format=torch.channels_last)
-        images = torch.randn(args.batch, 3, *size, device=args.device)
-        images = images.to(memory_format=torch.channels_last)
+        model, images = speed_subject(args, spec, size, num_classes)
         timed[spec] = Stopwatch(model, args.device), speed_step(model, images, args)
     order = list(timed)
     for turn in range(WARM_UP + args.rounds):
@@ -1432,6 +1446,8 @@ def memory_of(args, spec: str, size: tuple[int, int], num_classes: int) -> float
     done = subprocess.run(line + ["--train"] * args.train, capture_output=True,
                           text=True)
     if done.returncode:
+        why = (done.stderr.splitlines() or [f"exit code {done.returncode}"])[-1]
+        print(f"warning: memory of {spec} is not known ({why})", file=sys.stderr)
         return math.nan
     return float(done.stdout.split()[-1])
 
@@ -1446,11 +1462,8 @@ def command_speed(args) -> None:
     if args.train and args.batch < 2:
         raise UserError("--train: batch norm needs --batch 2 or more")
     if args.peak:  # asked by memory_of
-        args.rounds = 0
-        model = build_model(args.methods[0], args.classes[0], backbone=args.backbone)
-        model = model.to(args.device, memory_format=torch.channels_last)
-        images = torch.randn(args.batch, 3, *args.size[0], device=args.device)
-        speed_step(model, images.to(memory_format=torch.channels_last), args)()
+        speed_step(*speed_subject(args, args.methods[0], args.size[0],
+                                  args.classes[0]), args)()
         print(peak_memory(args.device))
         return
     table = [row for size in args.size for classes in args.classes
@@ -1473,11 +1486,7 @@ def command_speed(args) -> None:
                   f"{row['peak GB']:>7.2f} GB  {parts}")
     if args.out:
         out = make_folder(args.out)
-        with open(out / "speed.csv", "w", newline="", encoding="utf-8") as file:
-            columns = dict.fromkeys(key for row in table for key in row)
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(table)
+        write_csv(out / "speed.csv", table)
         speed_picture(table, out / "speed.png")
         print(f"{out}: speed.csv, speed.png")
 

@@ -242,8 +242,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import DeformConv2d
 
-from common import (ASPP, Encoder, UserError, conv_bn_relu, fcn_heads, full_precision,
-                    label_colours, rows_at, show_errors, viewable)
+from common import (ASPP, Encoder, UserError, class_patches, conv_bn_relu, fcn_heads,
+                    full_precision, label_colours, placed_panel, rows_at, show_errors,
+                    synthetic_scene, viewable)
 
 # --- 1. Config -----------------------------------------------------------------------
 
@@ -851,8 +852,8 @@ def explain(model: SFNet, image: Tensor, *, palette=None, classes=None):
 
     height = min(WIDE * H / W, WIDE)  # of a panel, in inches
     figure = Figure(figsize=(14, 3 * (height + AROUND)))
-    rows = [partial(panel, figure, top=i * (height + AROUND) + 0.45, height=height)
-            for i in range(3)]
+    rows = [partial(placed_panel, figure, top=i * (height + AROUND) + 0.45,
+                    height=height, width=WIDE, weight="bold") for i in range(3)]
     draw_flow(rows[0], viewable(image[0]), flow, window)
     draw_maps(rows[1], maps, window, labels, channel)
     draw_labels(rows[2], plain_labels, labels, window,
@@ -952,20 +953,6 @@ AROUND = 1.7  # title, caption and space of a row of panels
 COLUMNS = (0.15, 4.25, 8.35, 12.3)  # left sides; the last is for the colours' legends
 
 
-def panel(figure, *, left: float, top: float, height: float, width=WIDE, title="",
-          caption=""):
-    """An axis with its title above and its caption, in lines of its width, below."""
-    from textwrap import fill
-    w, h = figure.get_size_inches()
-    axis = figure.add_axes((left / w, 1 - (top + height) / h, width / w, height / h))
-    axis.set_title(title, loc="left", fontsize=14, fontweight="bold", pad=6)
-    letters = int(10.7 * width)  # of a line
-    figure.text(left / w, 1 - (top + height + 0.1) / h, fill(caption, letters),
-                fontsize=12.5, va="top", linespacing=1.2)
-    axis.set(xticks=[], yticks=[])
-    return axis
-
-
 def on_image(axis, x: Tensor, size: tuple[int, int], **options):
     """A map (q, r) or (q, r, 3), cell by cell, in coordinates of the image's pixels.
 
@@ -977,7 +964,7 @@ def on_image(axis, x: Tensor, size: tuple[int, int], **options):
     dy = (H - 1) / max(q - 1, 1) / 2
     drawn = axis.imshow(x.numpy(), extent=(-dx, W - 1 + dx, H - 1 + dy, -dy),
                         interpolation="nearest", **options)
-    axis.set(xlim=(-0.5, W - 0.5), ylim=(H - 0.5, -0.5))
+    axis.set(xlim=(-0.5, W - 0.5), ylim=(H - 0.5, -0.5), xticks=[], yticks=[])
     return drawn
 
 
@@ -1077,7 +1064,6 @@ def draw_maps(row, maps: list[Tensor], window, labels: Tensor, channel: int) -> 
 def draw_labels(row, plain: Tensor, labels: Tensor, window, colours: Tensor,
                 classes) -> None:
     """Row 3: the labels of the window without flow, with it, and where they differ."""
-    from matplotlib.patches import Patch
     top, left, height, width = window
     changed = plain != labels
     moved = colours[labels].clone()
@@ -1097,12 +1083,10 @@ def draw_labels(row, plain: Tensor, labels: Tensor, window, colours: Tensor,
         on_image(axis, x, labels.shape)
         zoom(axis, window)
     occurring = torch.stack([plain, labels])[
-        :, top:top + height, left:left + width].unique().tolist()
-    names = classes or [f"class {c}" for c in range(len(colours))]
+        :, top:top + height, left:left + width]
     legend = row(left=COLUMNS[3] - 0.15, width=1.5)
     legend.axis("off")
-    legend.legend(handles=[Patch(color=tuple((colours[c] / 255).tolist()),
-                                 label=names[c]) for c in occurring],
+    legend.legend(handles=class_patches(occurring, colours, classes),
                   fontsize=12, loc="upper left", frameon=False, borderaxespad=0,
                   handlelength=1, handleheight=1, labelspacing=0.25)
 
@@ -1117,7 +1101,7 @@ def demo(file: str = "") -> None:
     """
     torch.manual_seed(0)
     model = build(5, backbone="resnet18").eval()
-    image = scene(96, 160)
+    image = synthetic_scene(96, 160)
     features = model.encoder(image)
     context = model.context(features["res5"])
     logits, (s4, s3, s2) = model.decoder(context, features)
@@ -1128,20 +1112,6 @@ def demo(file: str = "") -> None:
         explain(model, image).savefig(file, dpi=100)
         print(f"picture: {file}")
     print("costs: python evaluate.py cost sfnet")
-
-
-def scene(H: int, W: int) -> Tensor:
-    """A picture (1, 3, H, W) of sky, ground, a house, a box and a ball."""
-    y, x = torch.meshgrid(torch.linspace(0, 1, H), torch.linspace(0, 2, W),
-                          indexing="ij")
-    image = torch.empty(3, H, W)
-    for place, colour in (
-            (y >= 0, (0.3, 0.8, 1.6)), (y > 0.6, (-0.6, -0.7, -0.7)),
-            ((x < 0.7) & (y > 0.2) & (y < 0.7), (0.9, -0.4, -0.8)),
-            ((x > 1.1) & (x < 1.3) & (y > 0.3) & (y < 0.8), (1.6, 1.4, -1.0)),
-            ((x - 1.6)**2 + (y - 0.7)**2 < 0.04, (-0.9, 0.9, -0.5))):
-        image[:, place] = torch.tensor(colour)[:, None]
-    return image[None]
 
 
 if __name__ == "__main__":

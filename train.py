@@ -1062,7 +1062,8 @@ class Signals:
     def ask(self, number, frame) -> None:
         if not self.signal:
             self.signal, self.asked = number, time.monotonic()
-            with suppress(OSError):  # print could be in the middle of a line
+            with suppress(OSError):  # stderr may be closed
+                # No print, which the signal may have come in the middle of.
                 os.write(2, b"\nstopping after this step; once more to stop at once\n")
         elif time.monotonic() - self.asked > 1:
             # Sooner it is the same one: SLURM's, which torchrun passes on as well.

@@ -11,11 +11,14 @@ import time
 from functools import cache
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-from PIL import Image
-from torchvision.models import resnet
+# In networks as small as these, threads spend their time waiting for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from torchvision.models import resnet  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))

@@ -75,19 +75,23 @@ def gradients(function, *inputs: Tensor) -> tuple[Tensor, ...]:
 
 def graft(task: Task, original: str, text: str, file: str) -> ModuleType:
     """The original module, with the task's function and new names from `text`."""
-    tree, theirs = ast.parse(original), ast.parse(text, file)
+    tree = ast.parse(original)
+    theirs = ast.parse(text, file)
     function = member(theirs, task.path)
     if function is None:
         raise NameError(f"{Path(file).name} has no {task.path}")
-    old, new = tree, theirs
-    for name in task.path.split("."):  # the module, then perhaps the class
-        home, source = old, new
-        old, new = member(home, name), member(source, name)
-        at = home.body.index(old)
+    home = tree  # the module, then perhaps the class
+    source = theirs
+    *outer, last = task.path.split(".")
+    for name in [*outer, last]:
+        at = home.body.index(member(home, name))
         known = set().union(*map(names_of, home.body))
         home.body[at:at] = [part for node in source.body
                             for part in additions(node, known)]
-    home.body[home.body.index(old)] = function
+        if name in outer:
+            home = member(home, name)
+            source = member(source, name)
+    home.body[home.body.index(member(home, last))] = function
     return run_module(task, compile(tree, file, "exec"))
 
 

@@ -163,11 +163,11 @@ def test_a_signal_cuts_an_evaluation_short(tmp_path):
 
 def test_what_nohup_ignores_stays_ignored(monkeypatch):
     """A run that was started to outlive its terminal does."""
+    heard = []
     monkeypatch.setattr(signal, "signal", lambda number, handler: heard.append(number))
-    heard, ignored = [], lambda number: signal.SIG_IGN
     with train.Signals():
         assert signal.SIGHUP in heard
-    monkeypatch.setattr(signal, "getsignal", ignored)
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)
     heard.clear()
     with train.Signals():
         assert not heard

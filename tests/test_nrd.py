@@ -488,7 +488,8 @@ def test_the_picture_shows_the_models_own_patches(variant, size):
     (maps,) = plotted(figure, "Logits →")  # all five: two columns, four rows
     first = logits[(slice(None), *nrd.block(*cells[0], 8))]
     for k in range(5):
-        y, x = k // 2 * 9, k % 2 * 9
+        y = k // 2 * 9
+        x = k % 2 * 9
         assert torch.allclose(maps[y:y + 8, x:x + 8], first[k], atol=1e-5)
 
 
