@@ -25,8 +25,10 @@ sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402 (they are found by the line above)
 import evaluate  # noqa: E402
+import sharing  # noqa: E402
 import train  # noqa: E402
 from common import FIELDS, FORMAT, load_checkpoint  # noqa: E402
+from sharing import pytest_runtestloop  # noqa: E402, F401 (a hook of pytest's)
 
 
 def voc_colour(label: int) -> list[int]:
@@ -52,6 +54,7 @@ FOUR_STEPS = [*TINY, "--crop", "32", "64", "--iterations", "4", "--eval-every", 
 
 
 def pytest_addoption(parser):
+    sharing.add_options(parser)
     parser.addoption("--thorough", action="store_true",
                      help="all combinations, 50 kills: minutes instead of seconds")
 
