@@ -951,10 +951,10 @@ def load_checkpoint(path: str | Path) -> dict:
 FIELDS = {
     "method": str, "backbone": str, "dataset": str, "train_split": str, "amp": str,
     "options": dict, "recipe": dict, "args": dict, "environment": dict, "model": dict,
-    "optimizer": dict, "scaler": dict, "rng": dict, "classes": list, "palette": list,
-    "mean": list, "std": list, "log": list, "iteration": int, "steps": int,
-    "evaluated": int, "train_images": int, "seed": int, "bad_steps": int,
-    "difficulty": float, "miou": float, "best_miou": float}
+    "optimizer": dict, "scaler": dict, "classes": list, "palette": list, "mean": list,
+    "std": list, "log": list, "iteration": int, "steps": int, "evaluated": int,
+    "train_images": int, "seed": int, "bad_steps": int, "difficulty": float,
+    "miou": float, "best_miou": float}
 
 
 def wrong_field(checkpoint: dict) -> str:
@@ -962,13 +962,11 @@ def wrong_field(checkpoint: dict) -> str:
     for name, kind in FIELDS.items():
         if not isinstance(checkpoint.get(name), kind):
             return f"{name} is {checkpoint.get(name)!r:.60}, expected a {kind.__name__}"
-    classes = checkpoint["classes"]
+    names = [name for name in checkpoint["classes"] if isinstance(name, str)]
     palette = checkpoint["palette"]
-    if not all(isinstance(name, str) for name in classes):
-        return "not every class has a name"
     legal = [c for colour in palette for c in colour if c in range(256)]
-    if len(palette) != len(classes) or len(legal) != 3 * len(classes):
-        return f"{len(classes)} classes need as many colours, of 3 numbers in 0..255"
+    if not len(names) == len(checkpoint["classes"]) == len(palette) == len(legal) / 3:
+        return "each class needs a name and a colour, of 3 numbers in 0..255"
     if not len(checkpoint["mean"]) == len(checkpoint["std"]) == 3 or not all(
             isinstance(x, float) and x > 0 for x in checkpoint["std"]):
         return "mean and std must be three numbers each, std above 0"
@@ -1067,27 +1065,23 @@ def join_processes(device: str) -> str:
     """Under torchrun: meet the other processes; the device that is this one's."""
     if "WORLD_SIZE" not in os.environ:
         return usable(device)
-    told = {name: os.environ.get(name, "") for name in (
-        "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-    numbers = [told[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
-    if not (all(told.values()) and all(map(str.isdigit, numbers))
-            and int(told["RANK"]) < int(told["WORLD_SIZE"])):
-        said = " ".join(f"{name}={value or '?'}" for name, value in told.items())
-        raise UserError(f"the environment is that of one of several processes, but not "
-                        f"as torchrun makes it ({said}); start it by torchrun, or "
-                        f"unset WORLD_SIZE")
-    if device == "cuda":
-        device = f"cuda:{told['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
+    told = " ".join(f"{name}={os.environ.get(name, '?')}" for name in (
+        "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
     try:
+        rank, local, world = (int(os.environ[name]) for name in (
+            "RANK", "LOCAL_RANK", "WORLD_SIZE"))
+        if not rank < world:  # torch would wait for the others
+            raise ValueError(f"there is no process {rank} of {world}")
+        if device == "cuda":
+            device = f"cuda:{local}"
+            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo",
                                 timeout=PATIENCE)
-    except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
+    except (RuntimeError, ValueError, KeyError) as error:  # the last: not set
         raise UserError(
-            f"the {told['WORLD_SIZE']} processes of this run did not meet at "
-            f"{told['MASTER_ADDR']}:{told['MASTER_PORT']} ("
-            f"{str(error).splitlines()[0]:.200}); did all start, and is the port "
-            f"free?", code=1) from None
+            f"the processes of this run did not meet ({told}: "
+            f"{str(error).splitlines()[0]:.200}); did torchrun start them all, and is "
+            f"the port free? For one process alone, unset WORLD_SIZE", code=1) from None
     return device
 
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import ast
 import csv
-import errno
 import hashlib
 import json
 import math
@@ -778,13 +777,9 @@ def check_split(batch: int, world: int, parts: int, device: torch.device) -> Non
     together = world if device.type == "cuda" else 1
     least = pieces * math.ceil(2 / together)
     if batch % pieces or batch < least:
-        below = batch // pieces * pieces
-        near = {max(least, below), max(least, below + pieces)}
-        why = f"does not divide by {world} processes x {parts} parts"
-        if batch % pieces == 0:
-            why = "leaves batch norm a single image (--accumulate does not help)"
-        raise UserError(f"--batch {batch} {why}; pass --batch "
-                        f"{' or '.join(map(str, sorted(near)))}")
+        raise UserError(f"--batch {batch} does not do for {world} processes x {parts} "
+                        f"parts: pass a multiple of {pieces}, {least} or more, because "
+                        f"batch norm needs two images (--accumulate does not help)")
 
 
 def distribute(run: Run) -> None:
@@ -876,17 +871,12 @@ def lock(folder: Path):
         import fcntl
         # Of this kind a lock ends with its process, and the loader's have no share.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        print(f"this system has no locks of folders, done without: do not start a "
-              f"second run in {folder}")
     except (BlockingIOError, PermissionError):
         raise UserError(f"another process is training in {folder}; wait for it, or "
                         f"give another --out") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise UserError(f"cannot lock {folder} ({error})") from None
-        print(f"warning: {folder} knows no locks; do not start a second run in it",
-              file=sys.stderr)
+    except (ImportError, OSError) as error:  # Windows; some network drives
+        print(f"warning: {folder} cannot be locked ({error}); do not start a second "
+              f"run in it", file=sys.stderr)
     return file
 
 
@@ -907,20 +897,13 @@ def save(run: Run, name="last.pt") -> None:
         "iteration": run.done, "steps": run.total, "evaluated": run.evaluated,
         "miou": run.miou, "best_miou": run.best, "bad_steps": run.bad_steps,
         "log": run.rows, "model": model, "optimizer": run.optimizer.state_dict(),
-        "scaler": run.scaler.state_dict(), "rng": random_states(run.device)}
+        "scaler": run.scaler.state_dict()}
     if name == "last.pt":
         save_checkpoint(state, run.folder / name, keep=run.folder / "prev.pt")
         run.saved = run.done, run.evaluated
         run.log.write_all()
     else:
         save_checkpoint(state, run.folder / name)
-
-
-def random_states(device: torch.device) -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
 
 
 def newest_checkpoint(folder: Path) -> dict:
@@ -988,13 +971,13 @@ def check_same(checkpoint: dict, now: dict) -> None:
 
 
 def go_on_from(checkpoint: dict, run: Run) -> None:
-    """Put everything that the next step depends on in its place."""
+    """Put everything that the next step depends on in its place.
+
+    Random numbers are not among it: each step seeds them from its own number.
+    """
     run.model.load_state_dict(checkpoint["model"])
     run.optimizer.load_state_dict(checkpoint["optimizer"])
     run.scaler.load_state_dict(checkpoint["scaler"])
-    torch.set_rng_state(checkpoint["rng"]["cpu"])
-    if run.device.type == "cuda" and "cuda" in checkpoint["rng"]:
-        torch.cuda.set_rng_state(checkpoint["rng"]["cuda"], run.device)
     run.done, run.evaluated = checkpoint["iteration"], checkpoint["evaluated"]
     run.saved = run.done, run.evaluated
     run.miou, run.best = checkpoint["miou"], checkpoint["best_miou"]
@@ -1110,12 +1093,10 @@ def machine_fault(error: Exception, run: Run) -> str:
     if "Too many open files" in said:
         return "too many open files: raise `ulimit -n`, or lower --workers"
     if out_of_memory(error):
-        share = values["batch"] // run.world // args.accumulate
-        smaller = (f"--accumulate {2 * args.accumulate}" if share % 4 == 0 else
-                   f"--crop {' '.join(str(n // 2) for n in values['crop'])}")
-        return (f"out of memory at --batch {values['batch']} --crop "
-                f"{' '.join(map(str, values['crop']))}, peak "
-                f"{peak_memory(run.device):.1f} GB: try {smaller}")
+        crop = " ".join(map(str, values["crop"]))
+        return (f"out of memory at --batch {values['batch']} --crop {crop}, peak "
+                f"{peak_memory(run.device):.1f} GB: try --accumulate "
+                f"{2 * args.accumulate}, or a smaller one of these")
     if run.world > 1 and "imed out" in said:
         return f"another process of this run has said nothing for {PATIENCE}"
     if run.world > 1 and any(word in said for word in ("onnection", "NCCL")):
@@ -1140,7 +1121,7 @@ class Feed:
     """Batches one by one, and the time that was spent waiting for them."""
 
     def __init__(self, loader):
-        self.loader, self.batches, self.advised = loader, None, False
+        self.loader, self.batches = loader, None
 
     def __enter__(self):
         self.restart()
@@ -1163,15 +1144,6 @@ class Feed:
         self.steps += 1
         return batch
 
-    def advice(self, args, share: float) -> str:
-        """What to do when the loader is what is slow; said once."""
-        if share < 0.3 or self.advised:
-            return ""
-        self.advised, cores = True, os.cpu_count() or 1
-        ways = [f"--workers {cores}"] if args.workers < cores else []
-        return (f"        {share:.0%} of the time goes into waiting for images: "
-                f"{', '.join([*ways, 'smaller images on disk'])} would help")
-
 
 class Log:
     """log.csv, curves.png and the progress lines.
@@ -1185,24 +1157,18 @@ class Log:
 
     def __init__(self, run: Run):
         self.folder, self.rows, self.mute = run.folder, run.rows, run.rank > 0
-        self.warned = False
         self.write_all()
 
     def write_all(self) -> None:
         if self.mute:
             return
         temporary = self.folder / "log.tmp"
-        try:
+        with not_vital("log.csv"):
             with open(temporary, "w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, self.columns, restval="")
                 writer.writeheader()
                 writer.writerows(self.rows)
             os.replace(temporary, self.folder / "log.csv")
-        except OSError as error:
-            if not self.warned:
-                print(f"warning: cannot write log.csv ({error}); the run goes on, and "
-                      f"its rows come later", file=sys.stderr)
-            self.warned = True
 
     def write(self, **row) -> None:
         self.rows.append({name: str(value) for name, value in row.items()})
@@ -1221,9 +1187,6 @@ class Log:
         print(f"{run.done:>6}/{run.total}  loss {losses['loss']:.3f}  lr {rate:.4f}  "
               f"{speed:.1f} img/s  data {waited:.0%}  {gigabytes:.1f} GB  "
               f"ETA {left // 60}:{left % 60:02d}", flush=True)
-        advice = feed.advice(run.args, waited)
-        if advice:
-            print(advice)
 
     def evaluation(self, run: Run, accuracy: float) -> None:
         self.write(iteration=run.done, miou=f"{run.miou:.5f}",
