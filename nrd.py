@@ -356,14 +356,17 @@ def represent(theta: Tensor, inputs: Tensor, *, widths: tuple[int, ...]) -> Tens
     s = inputs.shape[-1] // w
     N = B * h * w
     theta = theta.permute(0, 2, 3, 1).reshape(N, P)  # (N, P)
+    # In memory, too, the P numbers of a cell are neighbours from here on. (They are by
+    # now if the model is channels_last.) Else each product would collect them anew.
+    theta = theta.contiguous()
     x = to_cells(inputs, s)  # (N, I, s*s)
     layers = split_theta(theta, widths)
     for depth, (weight, bias) in enumerate(layers):
-        # bias + weight @ x, one product for all N cells:
+        # weight @ x + bias, one product for all N cells, and the rest in its place:
         # (N, out, in) x (N, in, s*s) -> (N, out, s*s)
-        x = torch.baddbmm(bias, weight, x)
+        x = torch.bmm(weight, x).add_(bias)
         if depth < len(layers) - 1:
-            x = x.relu()  # between the layers only: the last one gives logits
+            x = x.relu_()  # between the layers only: the last one gives logits
     return from_cells(x, B, h, w)
 
 
