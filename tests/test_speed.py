@@ -1,6 +1,9 @@
 """speed: every method has its turn in every round; parts, memory and ratios."""
 import json
+import shutil
+import sys
 import time
+import types
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ from PIL import Image
 
 import common
 import evaluate
-from conftest import call_evaluate
+from conftest import ROOT, call_evaluate
 
 pytestmark = pytest.mark.usefixtures("one_thread", "thin")
 
@@ -69,6 +72,30 @@ def test_training_steps_and_sizes_and_the_picture(tmp_path, capsys):
     assert said.count("1.00x") == 2, "the measure is the first method of each size"
     assert len((tmp_path / "speed.csv").read_text().splitlines()) == 3
     assert Image.open(tmp_path / "speed.png").size[0] > 800
+
+
+def test_a_rival_from_another_library_takes_its_turns(tmp_path, monkeypatch, capsys):
+    """tests/rival.py, dropped in as smp.py; here something else is the other library.
+
+    What that one cannot do, sizes that 16 does not divide, the file makes good.
+    """
+    class DeepLabV3Plus(torch.nn.Conv2d):
+        def __init__(self, *, encoder_name, encoder_weights, classes):
+            super().__init__(3, classes, 1)
+
+        def forward(self, images):
+            assert all(n % 16 == 0 for n in images.shape[-2:]), "theirs refuses these"
+            return super().forward(images)
+    other = types.ModuleType("segmentation_models_pytorch")
+    other.DeepLabV3Plus = DeepLabV3Plus
+    monkeypatch.setitem(sys.modules, other.__name__, other)
+    for path in [*ROOT.glob("*.py"), ROOT / "tests" / "rival.py"]:
+        shutil.copy(path, tmp_path / path.name.replace("rival", "smp"))
+    monkeypatch.setattr(common, "FOLDER", tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    call_evaluate("speed", "smp", "nrd", "--size", "72x96", "--rounds", 1, "--json")
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["method"] for row in rows] == ["smp", "nrd"]
 
 
 @pytest.mark.parametrize("argv, said", [
