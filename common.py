@@ -87,7 +87,7 @@ def upsample(x: Tensor, factor: int, size: tuple[int, int] | None = None,
     than the image. Those are cut off. Squeezing the map into `size` instead would
     shift the last rows by as many pixels against the encoder's grid.
 
-    `rows` = (lo, hi) gives those rows of the result alone, computed in float32.
+    `rows` = (lo, hi) gives those rows of the result alone, in at least float32.
     """
     if rows:
         lo, hi = rows
@@ -103,7 +103,7 @@ def upsample(x: Tensor, factor: int, size: tuple[int, int] | None = None,
 
 
 def rows_at(x: Tensor, positions: Tensor) -> Tensor:
-    """Rows of x (B, C, q, r) at fractional `positions` (n,): (B, C, n, r), in float32.
+    """Rows of x (B, C, q, r) at fractional `positions` (n,): (B, C, n, r), `widened`.
 
     Position 0.25 is three parts of row 0 and one part of row 1. Positions beyond the
     first or the last row mean that row.
@@ -111,8 +111,9 @@ def rows_at(x: Tensor, positions: Tensor) -> Tensor:
     positions = positions.clamp(0, x.shape[-2] - 1)
     above = positions.long()
     below = (above + 1).clamp(max=x.shape[-2] - 1)
-    weight = (positions - positions.floor()).float()[:, None].to(x.device)
-    return torch.lerp(x[..., above, :].float(), x[..., below, :].float(), weight)
+    x = widened(x)
+    weight = (positions - positions.floor())[:, None].to(x)
+    return torch.lerp(x[..., above, :], x[..., below, :], weight)
 
 
 def repeat_border(x: Tensor, rows: int, columns: int) -> Tensor:
@@ -136,6 +137,16 @@ def one_hot(labels: Tensor, num_classes: int) -> Tensor:
     ids = labels.long().clamp(max=num_classes)[:, None]  # 255: a class of its own
     planes = torch.zeros(B, num_classes + 1, H, W, device=labels.device)
     return planes.scatter_(1, ids, 1.0)[:, :num_classes]
+
+
+def widened(x: Tensor) -> Tensor:
+    """x in at least float32: half and bfloat16 are widened, float64 stays as it is.
+
+    Models work in any of the four (`model.half()`). What 16 bits would spoil is then
+    computed in float32, as under autocast, and each place says why. A decoder gives its
+    result back in the type of its own weights, so logits have the type of the model.
+    """
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def full_precision(x: Tensor):
@@ -424,8 +435,8 @@ def fcn_heads(encoder: nn.Module, num_classes: int, wanted: bool) -> nn.ModuleLi
 
 
 def pixel_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of every pixel in float32 (0 where ignored), and the valid mask."""
-    loss = F.cross_entropy(logits.float(), labels.long(), ignore_index=IGNORE_INDEX,
+    """Cross-entropy of every pixel (0 where ignored), `widened`, and the valid mask."""
+    loss = F.cross_entropy(widened(logits), labels.long(), ignore_index=IGNORE_INDEX,
                            reduction="none")
     return loss, labels != IGNORE_INDEX
 

@@ -187,7 +187,7 @@ from torch import Tensor, nn
 
 from common import (Encoder, FCNHead, UserError, class_patches, conv_bn_relu,
                     full_precision, label_colours, one_hot, placed_panel, repeat_border,
-                    show_errors, synthetic_scene, upsample, viewable)
+                    show_errors, synthetic_scene, upsample, viewable, widened)
 
 # --- 1. Config -----------------------------------------------------------------------
 
@@ -411,7 +411,7 @@ class HolisticallyGuidedDecoder(nn.Module):
         place of res5. m32 reads codebook_scales and m8 reads guidance_scales, in their
         order; a stage without a layer in `compress` comes as it is; without `transfer`
         nothing is added to G. From the softmax to f~8 all is float32, also under
-        autocast (full_precision).
+        autocast (full_precision) and in a model in 16 bits (widened).
         """
         B, _, h, w = context.shape
         q, r = features["res3"].shape[-2:]
@@ -434,9 +434,9 @@ class HolisticallyGuidedDecoder(nn.Module):
         maps = self.weighting(m32)  # (B, n, h, w)
         # A softmax and two sums over hundreds of terms: float32 even under autocast.
         with full_precision(maps):
-            maps = spatial_softmax(maps.float())  # (B, n, h, w)
-            codewords = codebook(maps, base.float())  # (B, D, n)
-            mixture = assemble(weights.float(), codewords)  # (B, D, q, r)
+            maps = spatial_softmax(widened(maps))  # (B, n, h, w)
+            codewords = codebook(maps, widened(base))  # (B, D, n)
+            mixture = assemble(widened(weights), codewords)  # (B, D, q, r)
         n = maps.shape[1]
         assembled = mixture * n**-0.5  # (B, D, q, r)  [N5]
         return {"m32": m32, "m8": m8, "base": base, "maps": maps, "guidance": G,
@@ -444,9 +444,13 @@ class HolisticallyGuidedDecoder(nn.Module):
 
     # task: minutes=10 points=4 section='Sec. 3.2'
     def forward(self, context: Tensor, features: dict[str, Tensor]):
-        """Logits (B, K, q, r), and no maps for auxiliary heads."""
+        """Logits (B, K, q, r), and no maps for auxiliary heads.
+
+        Beside G, f~8 is given back in the type of the layers' weights.
+        """
         step = self.steps(context, features)
-        f8 = torch.cat([step["assembled"], step["guidance"]], dim=1)  # [N6]
+        assembled = step["assembled"].to(self.base[0].weight.dtype)
+        f8 = torch.cat([assembled, step["guidance"]], dim=1)  # [N6]
         return self.classify(self.conv_up(f8)), []
 
 

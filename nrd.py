@@ -209,7 +209,7 @@ from common import (ASPP, TEXT, TITLE, WIDTH, UserError, class_legend, colour_ba
                     conv_bn_relu, farthest_points, fcn_heads, footnote, full_precision,
                     heading, label_colours, make_encoder, mark, mosaic, one_hot,
                     panel, repeat_border, show_errors, synthetic_scene, upsample,
-                    viewable)
+                    viewable, widened)
 from deeplabv3plus import (DeepLabv3PlusDecoder, block_names, decoder_names, renamed,
                            shared_names, start_as_mmsegmentation, start_classifier)
 
@@ -469,9 +469,11 @@ class NRDDecoder(nn.Module):
         # nobody looks at this None.
         inputs = self.inputs_of_g(features.get("res2"), theta)
         # Three products in a chain, each of predicted numbers: 16 bits would lose too
-        # much, so they are made in float32 even under autocast.
+        # much, so they are made in float32 even under autocast and in a model in 16
+        # bits. The logits of the latter are rounded at the end.
         with full_precision(theta):
-            return represent(theta.float(), inputs.float(), widths=self.widths)
+            logits = represent(widened(theta), widened(inputs), widths=self.widths)
+        return logits.to(self.controller.theta.weight.dtype)
 
     def inputs_of_g(self, res2: Tensor | None, theta: Tensor) -> Tensor:
         """What g is told at the points of all cells, normalised: (B, I, s*h, s*w)."""
