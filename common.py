@@ -156,6 +156,24 @@ def full_precision(x: Tensor):
     return torch.autocast(device, enabled=False) if known else nullcontext()
 
 
+SINGLE_IMAGE = "leaves batch norm a single image"
+
+
+def check_batch(values: int, layers: nn.Module) -> None:
+    """A sentence where batch norm in `layers` would see one value per channel.
+
+    `values` is batch times height times width. The mean of one value is that value, so
+    it would be normalised to zero whatever it is. SyncBatchNorm also sees the images of
+    other processes, and a norm in eval mode does not look at the batch: both may have
+    one value.
+    """
+    trained = [layer for layer in layers.modules()
+               if isinstance(layer, nn.BatchNorm2d) and layer.training]
+    if trained and values == 1:
+        raise UserError(f"a batch of 1 in training {SINGLE_IMAGE} with one value per "
+                        f"channel; give two or more images, or call model.eval()")
+
+
 # --- Encoder -------------------------------------------------------------------------
 
 STEMS = {"": None, "c": (32, 32, 64), "s": (64, 64, 128)}
@@ -305,7 +323,8 @@ class Encoder(nn.Module):
     `channels[name]` gives each stage's width. The suffix of a ResNet's name chooses the
     stem: 'resnet50' torchvision's 7x7 (it has ImageNet weights), 'resnet50c' three 3x3
     (32, 32, 64), 'resnet50s' three 3x3 (64, 64, 128). `ceil_mode` lets the pooling
-    keep a last odd column: 512 -> 257 instead of 256.
+    keep a last odd column: 512 -> 257 instead of 256. For other images than RGB see
+    `read_channels`.
     """
 
     def __init__(self, backbone: str = "resnet50", *, weights="none", output_stride=32,
@@ -331,8 +350,36 @@ class Encoder(nn.Module):
         res2 = self.res2(self.maxpool(stem))
         res3 = self.res3(res2)
         res4 = self.res4(res3)
+        if self.training and self.output_stride == 32:
+            check_batch(res4[:, 0, ::2, ::2].numel(), self.res5)
         return {"stem": stem, "res2": res2, "res3": res3, "res4": res4,
                 "res5": self.res5(res4)}
+
+
+def read_channels(encoder: nn.Module, in_channels: int, *, pretrained: bool) -> None:
+    """Let an encoder of RGB images read (B, in_channels, H, W): depth, more spectra.
+
+    Its first convolution gets other weights. Without pretrained ones they are drawn
+    anew. Else channels beyond three start at 0, so that at first the network says what
+    it says of the first three, which should be the RGB that it knows. Of fewer than
+    three each gets an equal share of the sum over RGB: of an image that is equal in all
+    its channels the network says what it says of the same image in grey.
+    """
+    conv = next((layer for layer in encoder.modules() if isinstance(layer, nn.Conv2d)
+                 and layer.in_channels == 3), None)
+    if conv is None or isinstance(encoder, LabelEncoder):
+        raise UserError(f"in_channels={in_channels}: this encoder has no convolution "
+                        f"that reads RGB images")
+    rgb = conv.weight.detach()  # (C, 3, k, k)
+    conv.in_channels = encoder.in_channels = in_channels
+    weight = rgb.new_zeros(len(rgb), in_channels, *conv.kernel_size)
+    if in_channels > 3:
+        weight[:, :3] = rgb
+    else:
+        weight[:] = rgb.sum(1, keepdim=True) / in_channels
+    conv.weight = nn.Parameter(weight)
+    if not pretrained:
+        conv.reset_parameters()
 
 
 class LabelEncoder(nn.Module):
@@ -404,6 +451,8 @@ class ASPP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         views = []
         if self.pool is not None:
+            if self.training:
+                check_batch(len(x), self.pool)
             pooled = self.pool(x)  # one vector, for every position
             views.append(pooled.expand(-1, -1, *x.shape[-2:]))
         views += [branch(x) for branch in self.branches]
@@ -618,8 +667,11 @@ def check_option(spec: str, key: str) -> None:
 
 
 def build_model(spec: str, num_classes: int, *, backbone="resnet50", weights="none",
-                **options) -> nn.Module:
+                in_channels=3, **options) -> nn.Module:
     """Build 'module:variant'. `options` go on top of the variant's own.
+
+    With `in_channels` it reads other images than RGB, see `read_channels`; the programs
+    know RGB images only. A wrong name or value is a UserError.
 
     This is the contract of a method, the whole of what a file beside this one must
     offer to be trained, scored and counted by the programs:
@@ -649,12 +701,17 @@ def build_model(spec: str, num_classes: int, *, backbone="resnet50", weights="no
     if not 1 <= num_classes <= IGNORE_INDEX:
         raise UserError(f"num_classes={num_classes}: class ids are bytes and "
                         f"{IGNORE_INDEX} is no class, so 1 to {IGNORE_INDEX}")
+    if in_channels not in range(1, 2**16):
+        raise UserError(f"in_channels={in_channels!r}: must be a number above 0")
     for key in options:
         check_option(spec, key)
     module, variant = load_method(spec)
     model = module.build(num_classes, backbone=backbone, weights=weights,
                          **(variant | options))
     model.num_classes = num_classes
+    if in_channels != 3:
+        read_channels(getattr(model, "encoder", model), in_channels,
+                      pretrained=weights != "none")
     fault = broken_contract(model)
     if fault:
         raise UserError(f"{spec}: {fault}; see build_model in common.py")
@@ -697,8 +754,8 @@ def broken_contract(model: nn.Module) -> str:
 
 
 def input_channels(model: nn.Module) -> int:
-    """Channels that the encoder reads: 3, or the classes for an upper bound."""
-    return getattr(getattr(model, "encoder", None), "in_channels", 3)
+    """Channels of the images, mostly 3; for an upper bound, the number of classes."""
+    return getattr(getattr(model, "encoder", model), "in_channels", 3)
 
 
 # =====================================================================================

@@ -242,9 +242,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import DeformConv2d, deform_conv2d
 
-from common import (ASPP, Encoder, UserError, class_patches, conv_bn_relu, fcn_heads,
-                    full_precision, label_colours, placed_panel, rows_at, show_errors,
-                    synthetic_scene, viewable, widened)
+from common import (ASPP, Encoder, UserError, check_batch, class_patches, conv_bn_relu,
+                    fcn_heads, full_precision, label_colours, placed_panel, rows_at,
+                    show_errors, synthetic_scene, viewable, widened)
 
 # --- 1. Config -----------------------------------------------------------------------
 
@@ -557,6 +557,9 @@ class PPM(nn.Module):
             nn.Dropout2d(0.1))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            for branch in self.branches:
+                check_batch(len(x) * branch[0].output_size**2, branch)
         views = [enlarge(branch(x), x.shape[-2:]) for branch in self.branches]
         return self.project(torch.cat(views + [x], dim=1))
 

@@ -44,11 +44,11 @@ from torch import Tensor, nn
 
 import data
 from common import (ABOVE_ZERO, BACKBONES, FORMAT, IGNORE_INDEX, LABELS, PATIENCE,
-                    Damaged, Parser, UserError, autocast, build_model, check_option,
-                    join_processes, load_checkpoint, load_method, make_folder,
-                    method_options, methods, number, out_of_memory, peak_memory,
-                    progress, rank_and_world, save_checkpoint, segmentation_loss,
-                    show_errors)
+                    SINGLE_IMAGE, Damaged, Parser, UserError, autocast, build_model,
+                    check_option, join_processes, load_checkpoint, load_method,
+                    make_folder, method_options, methods, number, out_of_memory,
+                    peak_memory, progress, rank_and_world, save_checkpoint,
+                    segmentation_loss, show_errors)
 from evaluate import Protocol, sample_sheet, score_dataset
 
 # --- Part 1. The lesson --------------------------------------------------------------
@@ -782,7 +782,7 @@ def check_split(batch: int, world: int, parts: int, device: torch.device) -> Non
         near = {max(least, below), max(least, below + pieces)}
         why = f"does not divide by {world} processes x {parts} parts"
         if batch % pieces == 0:
-            why = "leaves batch norm a single image (--accumulate does not help)"
+            why = f"{SINGLE_IMAGE} (--accumulate does not help)"
         raise UserError(f"--batch {batch} {why}; pass --batch "
                         f"{' or '.join(map(str, sorted(near)))}")
 
