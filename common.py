@@ -122,9 +122,12 @@ def repeat_border(x: Tensor, rows: int, columns: int) -> Tensor:
     The gradient of F.pad(mode="replicate") depends on chance on a GPU, and
     torch.compile, in torch 2.15, stumbles over it.
     """
-    if columns:
+    # While the sizes are symbols, as in torch.export, nothing may depend on whether a
+    # number is 0: what is traced at one size must be right at others.
+    symbols = torch.compiler.is_compiling()
+    if symbols or columns:
         x = torch.cat([x, x[..., -1:].expand(*x.shape[:-1], columns)], dim=-1)
-    if rows:
+    if symbols or rows:
         last = x[..., -1:, :].expand(*x.shape[:-2], rows, x.shape[-1])
         x = torch.cat([x, last], dim=-2)
     return x

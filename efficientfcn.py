@@ -269,10 +269,11 @@ def to_grid(x: Tensor, factor: float, size: tuple[int, int]) -> Tensor:
     q, r = size
     step = round(factor)
     # h rows have h-1 gaps between them, and a gap becomes `step` steps. Corners are
-    # aligned because the first and the last row keep their places.
-    x = F.interpolate(x, (step * (h - 1) + 1, step * (w - 1) + 1), mode="bilinear",
-                      align_corners=True)
-    x = repeat_border(x, max(q - x.shape[-2], 0), max(r - x.shape[-1], 0))
+    # aligned because the first and the last row keep their places. A single row becomes
+    # two, which are equal: torch.export cannot divide by the gaps of a single one.
+    x = F.interpolate(x, (max(step * (h - 1) + 1, 2), max(step * (w - 1) + 1, 2)),
+                      mode="bilinear", align_corners=True)
+    x = repeat_border(x, step - 1, step - 1)
     return x[..., :q, :r]
 
 
@@ -320,7 +321,7 @@ def codebook(weighting: Tensor, base: Tensor) -> Tensor:
     places = base.flatten(2)  # (B, D, h*w)
     shares = weighting.flatten(2).transpose(1, 2)  # (B, h*w, n)
     # (B, D, h*w) x (B, h*w, n) -> (B, D, n)
-    return places @ shares
+    return torch.bmm(places, shares)
 
 
 # task: minutes=15 points=6 needs=efficientfcn.codebook
@@ -333,7 +334,7 @@ def assemble(weights: Tensor, codewords: Tensor) -> Tensor:
     """
     B, n, q, r = weights.shape
     # (B, D, n) x (B, n, q*r) -> (B, D, q*r)
-    mixtures = codewords @ weights.flatten(2)  # (B, D, q*r)
+    mixtures = torch.bmm(codewords, weights.flatten(2))  # (B, D, q*r)
     return mixtures.unflatten(2, (q, r))
 
 

@@ -332,7 +332,9 @@ def enlarge(x: Tensor, size: tuple[int, int],
         y = torch.arange(lo, hi, dtype=torch.float64)
         x = rows_at(x, y * (h - 1) / max(q - 1, 1))
         q = hi - lo  # as many rows as x has now: below only the columns get more
-    return F.interpolate(x, (q, r), mode="bilinear", align_corners=True)
+    # A single row is the first of two: torch.export cannot divide by its q - 1 = 0.
+    x = F.interpolate(x, (max(q, 2), max(r, 2)), mode="bilinear", align_corners=True)
+    return x[..., :q, :r]
 
 
 def concatenate(coarse: Tensor, fine: Tensor) -> Tensor:
@@ -582,9 +584,9 @@ class NonLocal(nn.Module):
         B, C, h, w = x.shape
         theta, phi, g = self.split(x).flatten(2).chunk(3, dim=1)
         # (B, h*w, C/2) x (B, C/2, h*w) -> (B, h*w, h*w)
-        attention = (theta.mT @ phi).softmax(dim=2)  # (B, h*w, h*w)
+        attention = torch.bmm(theta.mT, phi).softmax(dim=2)  # (B, h*w, h*w)
         # (B, C/2, h*w) x (B, h*w, h*w) -> (B, C/2, h*w)
-        y = (g @ attention.mT).reshape(B, C // 2, h, w)  # (B, C/2, h, w)
+        y = torch.bmm(g, attention.mT).reshape(B, C // 2, h, w)  # (B, C/2, h, w)
         return self.project(x + self.back(y))
 
 
