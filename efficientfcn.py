@@ -285,7 +285,10 @@ def to_corners(x: Tensor, size: tuple[int, int]) -> Tensor:
     """
     if x.shape[-2:] == size:
         return x
-    return F.interpolate(x, size, mode="bilinear", align_corners=True)
+    q, r = size
+    # A single row is the first of two, as in `to_grid`.
+    x = F.interpolate(x, (max(q, 2), max(r, 2)), mode="bilinear", align_corners=True)
+    return x[..., :q, :r]
 
 
 def fuse(maps: dict[str, Tensor], stride: int, size: tuple[int, int], *,
