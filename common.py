@@ -87,7 +87,7 @@ def upsample(x: Tensor, factor: int, size: tuple[int, int] | None = None,
     than the image. Those are cut off. Squeezing the map into `size` instead would
     shift the last rows by as many pixels against the encoder's grid.
 
-    `rows` = (lo, hi) gives those rows of the result alone, computed in float32.
+    `rows` = (lo, hi) gives those rows of the result alone, in at least float32.
     """
     if rows:
         lo, hi = rows
@@ -103,7 +103,7 @@ def upsample(x: Tensor, factor: int, size: tuple[int, int] | None = None,
 
 
 def rows_at(x: Tensor, positions: Tensor) -> Tensor:
-    """Rows of x (B, C, q, r) at fractional `positions` (n,): (B, C, n, r), in float32.
+    """Rows of x (B, C, q, r) at fractional `positions` (n,): (B, C, n, r), `widened`.
 
     Position 0.25 is three parts of row 0 and one part of row 1. Positions beyond the
     first or the last row mean that row.
@@ -111,8 +111,9 @@ def rows_at(x: Tensor, positions: Tensor) -> Tensor:
     positions = positions.clamp(0, x.shape[-2] - 1)
     above = positions.long()
     below = (above + 1).clamp(max=x.shape[-2] - 1)
-    weight = (positions - positions.floor()).float()[:, None].to(x.device)
-    return torch.lerp(x[..., above, :].float(), x[..., below, :].float(), weight)
+    x = widened(x)
+    weight = (positions - positions.floor())[:, None].to(x)
+    return torch.lerp(x[..., above, :], x[..., below, :], weight)
 
 
 def repeat_border(x: Tensor, rows: int, columns: int) -> Tensor:
@@ -121,9 +122,12 @@ def repeat_border(x: Tensor, rows: int, columns: int) -> Tensor:
     The gradient of F.pad(mode="replicate") depends on chance on a GPU, and
     torch.compile, in torch 2.15, stumbles over it.
     """
-    if columns:
+    # While the sizes are symbols, as in torch.export, nothing may depend on whether a
+    # number is 0: what is traced at one size must be right at others.
+    symbols = torch.compiler.is_compiling()
+    if symbols or columns:
         x = torch.cat([x, x[..., -1:].expand(*x.shape[:-1], columns)], dim=-1)
-    if rows:
+    if symbols or rows:
         last = x[..., -1:, :].expand(*x.shape[:-2], rows, x.shape[-1])
         x = torch.cat([x, last], dim=-2)
     return x
@@ -138,11 +142,37 @@ def one_hot(labels: Tensor, num_classes: int) -> Tensor:
     return planes.scatter_(1, ids, 1.0)[:, :num_classes]
 
 
+def widened(x: Tensor) -> Tensor:
+    """x in at least float32: half and bfloat16 are widened, float64 stays as it is.
+
+    Models work in any of the four (`model.half()`). What 16 bits would spoil is then
+    computed in float32, as under autocast, and each place says why. A decoder gives its
+    result back in the type of its own weights, so logits have the type of the model.
+    """
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def full_precision(x: Tensor):
     """A block in which autocast leaves float32 alone on the device of `x`."""
     device = x.device.type  # the meta device, used for counting, knows no autocast
     known = torch.amp.is_autocast_available(device)
     return torch.autocast(device, enabled=False) if known else nullcontext()
+
+
+def check_batch(values: int, layers: nn.Module) -> None:
+    """A sentence where batch norm in `layers` would see one value per channel.
+
+    `values` is batch times height times width. The mean of one value is that value, so
+    it would be normalised to zero whatever it is. SyncBatchNorm also sees the images of
+    other processes, and a norm in eval mode does not look at the batch: both may have
+    one value.
+    """
+    trained = [layer for layer in layers.modules()
+               if isinstance(layer, nn.BatchNorm2d) and layer.training]
+    if trained and values == 1:
+        raise UserError("a batch of 1 in training leaves batch norm a single image "
+                        "with one value per channel; give two or more images, or call "
+                        "model.eval()")
 
 
 # --- Encoder -------------------------------------------------------------------------
@@ -294,7 +324,8 @@ class Encoder(nn.Module):
     `channels[name]` gives each stage's width. The suffix of a ResNet's name chooses the
     stem: 'resnet50' torchvision's 7x7 (it has ImageNet weights), 'resnet50c' three 3x3
     (32, 32, 64), 'resnet50s' three 3x3 (64, 64, 128). `ceil_mode` lets the pooling
-    keep a last odd column: 512 -> 257 instead of 256.
+    keep a last odd column: 512 -> 257 instead of 256. For other images than RGB see
+    `read_channels`.
     """
 
     def __init__(self, backbone: str = "resnet50", *, weights="none", output_stride=32,
@@ -320,8 +351,36 @@ class Encoder(nn.Module):
         res2 = self.res2(self.maxpool(stem))
         res3 = self.res3(res2)
         res4 = self.res4(res3)
+        if self.training and self.output_stride == 32:
+            check_batch(res4[:, 0, ::2, ::2].numel(), self.res5)
         return {"stem": stem, "res2": res2, "res3": res3, "res4": res4,
                 "res5": self.res5(res4)}
+
+
+def read_channels(encoder: nn.Module, in_channels: int, *, pretrained: bool) -> None:
+    """Let an encoder of RGB images read (B, in_channels, H, W): depth, more spectra.
+
+    Its first convolution gets other weights. Without pretrained ones they are drawn
+    anew. Else channels beyond three start at 0, so that at first the network says what
+    it says of the first three, which should be the RGB that it knows. Of fewer than
+    three each gets an equal share of the sum over RGB: of an image that is equal in all
+    its channels the network says what it says of the same image in grey.
+    """
+    conv = next((layer for layer in encoder.modules() if isinstance(layer, nn.Conv2d)
+                 and layer.in_channels == 3), None)
+    if conv is None or isinstance(encoder, LabelEncoder):
+        raise UserError(f"in_channels={in_channels}: this encoder has no convolution "
+                        f"that reads RGB images")
+    rgb = conv.weight.detach()  # (C, 3, k, k)
+    conv.in_channels = encoder.in_channels = in_channels
+    weight = rgb.new_zeros(len(rgb), in_channels, *conv.kernel_size)
+    if in_channels > 3:
+        weight[:, :3] = rgb
+    else:
+        weight[:] = rgb.sum(1, keepdim=True) / in_channels
+    conv.weight = nn.Parameter(weight)
+    if not pretrained:
+        conv.reset_parameters()
 
 
 class LabelEncoder(nn.Module):
@@ -393,6 +452,8 @@ class ASPP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         views = []
         if self.pool is not None:
+            if self.training:
+                check_batch(len(x), self.pool)
             pooled = self.pool(x)  # one vector, for every position
             views.append(pooled.expand(-1, -1, *x.shape[-2:]))
         views += [branch(x) for branch in self.branches]
@@ -424,8 +485,8 @@ def fcn_heads(encoder: nn.Module, num_classes: int, wanted: bool) -> nn.ModuleLi
 
 
 def pixel_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of every pixel in float32 (0 where ignored), and the valid mask."""
-    loss = F.cross_entropy(logits.float(), labels.long(), ignore_index=IGNORE_INDEX,
+    """Cross-entropy of every pixel (0 where ignored), `widened`, and the valid mask."""
+    loss = F.cross_entropy(widened(logits), labels.long(), ignore_index=IGNORE_INDEX,
                            reduction="none")
     return loss, labels != IGNORE_INDEX
 
@@ -607,8 +668,11 @@ def check_option(spec: str, key: str) -> None:
 
 
 def build_model(spec: str, num_classes: int, *, backbone="resnet50", weights="none",
-                **options) -> nn.Module:
+                in_channels=3, **options) -> nn.Module:
     """Build 'module:variant'. `options` go on top of the variant's own.
+
+    With `in_channels` it reads other images than RGB, see `read_channels`; the programs
+    know RGB images only. A wrong name or value is a UserError.
 
     This is the contract of a method, the whole of what a file beside this one must
     offer to be trained, scored and counted by the programs:
@@ -638,12 +702,17 @@ def build_model(spec: str, num_classes: int, *, backbone="resnet50", weights="no
     if not 1 <= num_classes <= IGNORE_INDEX:
         raise UserError(f"num_classes={num_classes}: class ids are bytes and "
                         f"{IGNORE_INDEX} is no class, so 1 to {IGNORE_INDEX}")
+    if in_channels not in range(1, 2**16):
+        raise UserError(f"in_channels={in_channels!r}: must be a number above 0")
     for key in options:
         check_option(spec, key)
     module, variant = load_method(spec)
     model = module.build(num_classes, backbone=backbone, weights=weights,
                          **(variant | options))
     model.num_classes = num_classes
+    if in_channels != 3:
+        read_channels(getattr(model, "encoder", model), in_channels,
+                      pretrained=weights != "none")
     fault = broken_contract(model)
     if fault:
         raise UserError(f"{spec}: {fault}; see build_model in common.py")
@@ -686,8 +755,8 @@ def broken_contract(model: nn.Module) -> str:
 
 
 def input_channels(model: nn.Module) -> int:
-    """Channels that the encoder reads: 3, or the classes for an upper bound."""
-    return getattr(getattr(model, "encoder", None), "in_channels", 3)
+    """Channels of the images, mostly 3; for an upper bound, the number of classes."""
+    return getattr(getattr(model, "encoder", model), "in_channels", 3)
 
 
 # =====================================================================================

@@ -201,7 +201,7 @@ from common import (ASPP, LABELS, TEXT, TITLE, WIDTH, UserError, class_legend,
                     conv_bn_relu, describe, farthest_points, fcn_heads, footnote,
                     full_precision, heading, label_colours, make_encoder, mark, one_hot,
                     panel, repeat_border, separable_conv, show_errors,
-                    synthetic_scene, upsample, viewable)
+                    synthetic_scene, upsample, viewable, widened)
 
 # torch says this at every use of the sparse matrices that the PCA is made of.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
@@ -388,7 +388,8 @@ def compress(labels: Tensor, W: Tensor, mean: Tensor, *, num_classes: int,
     N, E = W.shape
     h, w = math.ceil(height / ratio), math.ceil(width / ratio)
     padded = F.pad(labels, (0, w * ratio - width, 0, h * ratio - height), value=255)
-    v = F.pixel_unshuffle(one_hot(padded, num_classes), ratio)  # (B, N, h, w)  [N4]
+    pixels = one_hot(padded, num_classes).to(W.dtype)
+    v = F.pixel_unshuffle(pixels, ratio)  # (B, N, h, w)  [N4]
     centred = v - mean[:, None, None]  # (B, N, h, w)  [N2]
     x = F.conv2d(centred, W.T[:, :, None, None])  # (B, E, h, w)
     return x
@@ -468,12 +469,15 @@ class DUpsample(nn.Module):
         self.temperature = Temperature() if temperature else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        with full_precision(x):  # logits that differ by 0.02 would not survive bfloat16
-            z = decompress(x.float(), self.W, ratio=self.ratio)
+        # Logits that differ by 0.02 would not survive bfloat16, until T has drawn them
+        # apart. A model in 16 bits rounds them after that.
+        with full_precision(x):
+            z = decompress(widened(x), widened(self.W), ratio=self.ratio)
             if self.use_mean:
                 window = self.mean.reshape(-1, self.ratio, self.ratio)
                 z = z + window.tile(x.shape[-2:])
-            return self.temperature(z)
+            z = self.temperature(z)
+        return z.to(self.W.dtype)
 
 
 class Fuse(nn.Module):
@@ -727,7 +731,7 @@ def pretrain_loss(model: DUpsampling, images: Tensor, labels: Tensor) -> Tensor:
     last = model.decoder.dupsample
     wanted = compress(labels, last.W.detach(), last.mean, ratio=last.ratio,
                       num_classes=last.num_classes)
-    return F.mse_loss(said.float(), wanted)
+    return F.mse_loss(widened(said), widened(wanted))
 
 
 # --- 5. Explain ----------------------------------------------------------------------

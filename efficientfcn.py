@@ -187,7 +187,7 @@ from torch import Tensor, nn
 
 from common import (Encoder, FCNHead, UserError, class_patches, conv_bn_relu,
                     full_precision, label_colours, one_hot, placed_panel, repeat_border,
-                    show_errors, synthetic_scene, upsample, viewable)
+                    show_errors, synthetic_scene, upsample, viewable, widened)
 
 # --- 1. Config -----------------------------------------------------------------------
 
@@ -269,10 +269,11 @@ def to_grid(x: Tensor, factor: float, size: tuple[int, int]) -> Tensor:
     q, r = size
     step = round(factor)
     # h rows have h-1 gaps between them, and a gap becomes `step` steps. Corners are
-    # aligned because the first and the last row keep their places.
-    x = F.interpolate(x, (step * (h - 1) + 1, step * (w - 1) + 1), mode="bilinear",
-                      align_corners=True)
-    x = repeat_border(x, max(q - x.shape[-2], 0), max(r - x.shape[-1], 0))
+    # aligned because the first and the last row keep their places. A single row becomes
+    # two, which are equal: torch.export cannot divide by the gaps of a single one.
+    x = F.interpolate(x, (max(step * (h - 1) + 1, 2), max(step * (w - 1) + 1, 2)),
+                      mode="bilinear", align_corners=True)
+    x = repeat_border(x, step - 1, step - 1)
     return x[..., :q, :r]
 
 
@@ -284,7 +285,10 @@ def to_corners(x: Tensor, size: tuple[int, int]) -> Tensor:
     """
     if x.shape[-2:] == size:
         return x
-    return F.interpolate(x, size, mode="bilinear", align_corners=True)
+    q, r = size
+    # A single row is the first of two, as in `to_grid`.
+    x = F.interpolate(x, (max(q, 2), max(r, 2)), mode="bilinear", align_corners=True)
+    return x[..., :q, :r]
 
 
 def fuse(maps: dict[str, Tensor], stride: int, size: tuple[int, int], *,
@@ -320,7 +324,7 @@ def codebook(weighting: Tensor, base: Tensor) -> Tensor:
     places = base.flatten(2)  # (B, D, h*w)
     shares = weighting.flatten(2).transpose(1, 2)  # (B, h*w, n)
     # (B, D, h*w) x (B, h*w, n) -> (B, D, n)
-    return places @ shares
+    return torch.bmm(places, shares)
 
 
 # task: minutes=15 points=6 needs=efficientfcn.codebook
@@ -333,7 +337,7 @@ def assemble(weights: Tensor, codewords: Tensor) -> Tensor:
     """
     B, n, q, r = weights.shape
     # (B, D, n) x (B, n, q*r) -> (B, D, q*r)
-    mixtures = codewords @ weights.flatten(2)  # (B, D, q*r)
+    mixtures = torch.bmm(codewords, weights.flatten(2))  # (B, D, q*r)
     return mixtures.unflatten(2, (q, r))
 
 
@@ -411,7 +415,7 @@ class HolisticallyGuidedDecoder(nn.Module):
         place of res5. m32 reads codebook_scales and m8 reads guidance_scales, in their
         order; a stage without a layer in `compress` comes as it is; without `transfer`
         nothing is added to G. From the softmax to f~8 all is float32, also under
-        autocast (full_precision).
+        autocast (full_precision) and in a model in 16 bits (widened).
         """
         B, _, h, w = context.shape
         q, r = features["res3"].shape[-2:]
@@ -434,9 +438,9 @@ class HolisticallyGuidedDecoder(nn.Module):
         maps = self.weighting(m32)  # (B, n, h, w)
         # A softmax and two sums over hundreds of terms: float32 even under autocast.
         with full_precision(maps):
-            maps = spatial_softmax(maps.float())  # (B, n, h, w)
-            codewords = codebook(maps, base.float())  # (B, D, n)
-            mixture = assemble(weights.float(), codewords)  # (B, D, q, r)
+            maps = spatial_softmax(widened(maps))  # (B, n, h, w)
+            codewords = codebook(maps, widened(base))  # (B, D, n)
+            mixture = assemble(widened(weights), codewords)  # (B, D, q, r)
         n = maps.shape[1]
         assembled = mixture * n**-0.5  # (B, D, q, r)  [N5]
         return {"m32": m32, "m8": m8, "base": base, "maps": maps, "guidance": G,
@@ -444,9 +448,13 @@ class HolisticallyGuidedDecoder(nn.Module):
 
     # task: minutes=10 points=4 section='Sec. 3.2'
     def forward(self, context: Tensor, features: dict[str, Tensor]):
-        """Logits (B, K, q, r), and no maps for auxiliary heads."""
+        """Logits (B, K, q, r), and no maps for auxiliary heads.
+
+        Beside G, f~8 is given back in the type of the layers' weights.
+        """
         step = self.steps(context, features)
-        f8 = torch.cat([step["assembled"], step["guidance"]], dim=1)  # [N6]
+        assembled = step["assembled"].to(self.base[0].weight.dtype)
+        f8 = torch.cat([assembled, step["guidance"]], dim=1)  # [N6]
         return self.classify(self.conv_up(f8)), []
 
 

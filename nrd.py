@@ -209,7 +209,7 @@ from common import (ASPP, TEXT, TITLE, WIDTH, UserError, class_legend, colour_ba
                     conv_bn_relu, farthest_points, fcn_heads, footnote, full_precision,
                     heading, label_colours, make_encoder, mark, mosaic, one_hot,
                     panel, repeat_border, show_errors, synthetic_scene, upsample,
-                    viewable)
+                    viewable, widened)
 from deeplabv3plus import (DeepLabv3PlusDecoder, block_names, decoder_names, renamed,
                            shared_names, start_as_mmsegmentation, start_classifier)
 
@@ -312,6 +312,15 @@ def split_theta(theta: Tensor, widths: tuple[int, ...]) -> list[tuple[Tensor, Te
     return layers
 
 
+def in_order(x: Tensor) -> Tensor:
+    """A copy of x (any shape) in memory in the order of its dimensions, for `view`.
+
+    `reshape` copies only where it must, and for a map of one cell it need not. So
+    torch.export, which traces an image of many cells, would refuse one of 32x32 pixels.
+    """
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 # task: minutes=20 points=6 section='Fig. 3 (b)'
 def to_cells(x: Tensor, s: int) -> Tensor:
     """Cut a map into its cells: (B, I, s*h, s*w) -> (N, I, s*s).
@@ -324,7 +333,7 @@ def to_cells(x: Tensor, s: int) -> Tensor:
     w = columns // s
     x = x.reshape(B, I, h, s, w, s)  # (B, I, h, s, w, s)
     x = x.permute(0, 2, 4, 1, 3, 5)  # (B, h, w, I, s, s)
-    return x.reshape(B * h * w, I, s * s)
+    return in_order(x).view(B * h * w, I, s * s)
 
 
 # task: minutes=15 points=4 needs=nrd.to_cells section='Fig. 3 (b)'
@@ -337,7 +346,7 @@ def from_cells(x: Tensor, B: int, h: int, w: int) -> Tensor:
     s = math.isqrt(points)
     x = x.reshape(B, h, w, K, s, s)  # (B, h, w, K, s, s)
     x = x.permute(0, 3, 1, 4, 2, 5)  # (B, K, h, s, w, s)
-    return x.reshape(B, K, h * s, w * s)
+    return in_order(x).view(B, K, h * s, w * s)
 
 
 # task: minutes=40 points=12 needs=nrd.split_theta,nrd.from_cells
@@ -355,10 +364,9 @@ def represent(theta: Tensor, inputs: Tensor, *, widths: tuple[int, ...]) -> Tens
     B, P, h, w = theta.shape
     s = inputs.shape[-1] // w
     N = B * h * w
-    theta = theta.permute(0, 2, 3, 1).reshape(N, P)  # (N, P)
-    # In memory, too, the P numbers of a cell are neighbours from here on. (They are by
-    # now if the model is channels_last.) Else each product would collect them anew.
-    theta = theta.contiguous()
+    # In memory, too, the P numbers of a cell are neighbours from here on: else each
+    # product would collect them anew.
+    theta = in_order(theta.permute(0, 2, 3, 1)).view(N, P)  # (N, P)
     x = to_cells(inputs, s)  # (N, I, s*s)
     layers = split_theta(theta, widths)
     for depth, (weight, bias) in enumerate(layers):
@@ -472,9 +480,11 @@ class NRDDecoder(nn.Module):
         # nobody looks at this None.
         inputs = self.inputs_of_g(features.get("res2"), theta)
         # Three products in a chain, each of predicted numbers: 16 bits would lose too
-        # much, so they are made in float32 even under autocast.
+        # much, so they are made in float32 even under autocast and in a model in 16
+        # bits. The logits of the latter are rounded at the end.
         with full_precision(theta):
-            return represent(theta.float(), inputs.float(), widths=self.widths)
+            logits = represent(widened(theta), widened(inputs), widths=self.widths)
+        return logits.to(self.controller.theta.weight.dtype)
 
     def inputs_of_g(self, res2: Tensor | None, theta: Tensor) -> Tensor:
         """What g is told at the points of all cells, normalised: (B, I, s*h, s*w)."""
@@ -570,9 +580,9 @@ class CARAFEDecoder(nn.Module):
         weights = weights.softmax(dim=1).permute(0, 3, 1, 2)  # (B, h*w, k, f*f)
         x = F.unfold(context, self.kernel, padding=self.kernel // 2)  # (B, D*k, h*w)
         around = x.reshape(B, D, k, h * w).permute(0, 3, 1, 2)  # (B, h*w, D, k)
-        # (B, h*w, D, k) x (B, h*w, k, f*f) -> (B, h*w, D, f*f)
-        x = around @ weights  # (B, h*w, D, f*f)
-        return self.classify(from_cells(x.flatten(0, 1), B, h, w))
+        # (B*h*w, D, k) x (B*h*w, k, f*f) -> (B*h*w, D, f*f)
+        x = torch.bmm(around.flatten(0, 1), weights.flatten(0, 1))  # (B*h*w, D, f*f)
+        return self.classify(from_cells(x, B, h, w))
 
 
 # --- 4. Model ------------------------------------------------------------------------

@@ -240,11 +240,11 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import DeformConv2d
+from torchvision.ops import DeformConv2d, deform_conv2d
 
-from common import (ASPP, Encoder, UserError, class_patches, conv_bn_relu, fcn_heads,
-                    full_precision, label_colours, placed_panel, rows_at, show_errors,
-                    synthetic_scene, viewable)
+from common import (ASPP, Encoder, UserError, check_batch, class_patches, conv_bn_relu,
+                    fcn_heads, full_precision, label_colours, placed_panel, rows_at,
+                    show_errors, synthetic_scene, viewable, widened)
 
 # --- 1. Config -----------------------------------------------------------------------
 
@@ -332,7 +332,9 @@ def enlarge(x: Tensor, size: tuple[int, int],
         y = torch.arange(lo, hi, dtype=torch.float64)
         x = rows_at(x, y * (h - 1) / max(q - 1, 1))
         q = hi - lo  # as many rows as x has now: below only the columns get more
-    return F.interpolate(x, (q, r), mode="bilinear", align_corners=True)
+    # A single row is the first of two: torch.export cannot divide by its q - 1 = 0.
+    x = F.interpolate(x, (max(q, 2), max(r, 2)), mode="bilinear", align_corners=True)
+    return x[..., :q, :r]
 
 
 def concatenate(coarse: Tensor, fine: Tensor) -> Tensor:
@@ -470,7 +472,8 @@ class FAM(nn.Module):
         Both maps are reduced to D/2 channels. The reduced coarse one is then enlarged
         by self.up(x, size), and self.flow predicts the flow from both, which self.match
         has brought together: `predict_flow`, Eq. (1). In pixels (`in_pixels`) it warps
-        `coarse` itself, in float32 also under autocast (full_precision).
+        `coarse` itself, in float32 also under autocast (full_precision) and in a model
+        in 16 bits (widened), which gets the result in the type of its weights.
         """
         B, D, q, r = fine.shape
         fine_code = self.reduce_fine(fine)  # (B, D/2, q, r)
@@ -480,7 +483,8 @@ class FAM(nn.Module):
         # Half precision knows positions beyond 256 to a quarter pixel at best, so the
         # sampling points are computed in float32 even where autocast is on.
         with full_precision(flow):
-            return warp(coarse.float(), in_pixels(flow.float(), self.flow_unit))
+            aligned = warp(widened(coarse), in_pixels(widened(flow), self.flow_unit))
+        return aligned.to(self.flow.weight.dtype)
 
 
 class ZeroFlow(nn.Module):
@@ -515,8 +519,13 @@ class Deformable(nn.Module):
         B, D, q, r = fine.shape
         both = concatenate(enlarge(coarse, (q, r)), fine)  # (B, 2*D, q, r)
         offsets = self.offsets(both)  # (B, 18, q, r)
+        # Its sampling points, too, need float32: 16 bits round what lies beyond 256.
+        layer = self.convolution
         with full_precision(both):
-            return self.convolution(both.float(), offsets.float())
+            moved = deform_conv2d(widened(both), widened(offsets),
+                                  widened(layer.weight), widened(layer.bias),
+                                  padding=layer.padding)
+        return moved.to(layer.weight.dtype)
 
 
 def conv_bn(in_channels: int, out_channels: int) -> nn.Sequential:
@@ -550,6 +559,9 @@ class PPM(nn.Module):
             nn.Dropout2d(0.1))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            for branch in self.branches:
+                check_batch(len(x) * branch[0].output_size**2, branch)
         views = [enlarge(branch(x), x.shape[-2:]) for branch in self.branches]
         return self.project(torch.cat(views + [x], dim=1))
 
@@ -572,9 +584,9 @@ class NonLocal(nn.Module):
         B, C, h, w = x.shape
         theta, phi, g = self.split(x).flatten(2).chunk(3, dim=1)
         # (B, h*w, C/2) x (B, C/2, h*w) -> (B, h*w, h*w)
-        attention = (theta.mT @ phi).softmax(dim=2)  # (B, h*w, h*w)
+        attention = torch.bmm(theta.mT, phi).softmax(dim=2)  # (B, h*w, h*w)
         # (B, C/2, h*w) x (B, h*w, h*w) -> (B, C/2, h*w)
-        y = (g @ attention.mT).reshape(B, C // 2, h, w)  # (B, C/2, h, w)
+        y = torch.bmm(g, attention.mT).reshape(B, C // 2, h, w)  # (B, C/2, h, w)
         return self.project(x + self.back(y))
 
 

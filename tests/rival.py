@@ -27,7 +27,7 @@ class Smp(nn.Module):
 
 
 def build(num_classes: int, *, backbone="resnet18", weights="none") -> nn.Module:
-    """The defaults of their DeepLabV3Plus: output stride 16, 256 channels, separable."""
+    """Their defaults: output stride 16, 256 channels, separable convolutions."""
     network = segmentation_models_pytorch.DeepLabV3Plus(
         encoder_name=backbone, encoder_weights=None, classes=num_classes)
     return Smp(network, num_classes)
