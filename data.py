@@ -6,6 +6,7 @@
     open_dataset("voc", "trainval", root=DIR)      21, PASCAL VOC 2012
     open_dataset("voc-aug", "train", root=DIR)     21, the same with SBD's masks
     open_dataset("ade20k", "val", root=DIR)        150, SceneParsing's layout
+    open_dataset("mapillary", "train", root=DIR)   65, Mapillary Vistas 1.2
     open_dataset("context59", "train", root=DIR)   PASCAL Context without background
     open_dataset("context60", "train", root=DIR)   .. and with it
     open_dataset("folder", "train", root=DIR)      your own images and masks
@@ -452,6 +453,24 @@ def open_ade20k(name: str, root: Path, split: str) -> Files:
                 files_in(root / "annotations" / folder))
 
 
+def open_mapillary(name: str, root: Path, split: str) -> Files:
+    """Mapillary Vistas with the classes of its versions 1.0 to 1.2 (ICCV 2017).
+
+    A palette PNG per image holds the ids 0..64, and 65 where nothing is labelled, which
+    is ignored. The release counts 66 classes because it counts that one as well. Who
+    downloads version 2.0 finds these files in v1.2/, beside those of 124 classes.
+    Images have many sizes: --base-size 2048 2048 gives each a longer side of 2048.
+    """
+    folder = {"train": "training", "val": "validation", "test": "testing"}[split]
+    images = files_in(root / folder / "images")
+    if split == "test":
+        return pair(name, split, images, None)
+    labels = root / folder / "v1.2" / "labels"
+    if not labels.is_dir():
+        labels = root / folder / "labels"
+    return pair(name, split, images, files_in(labels))
+
+
 def open_context(name: str, root: Path, split: str) -> Files:
     """PASCAL Context, 59 or 60 classes: two data sets, never converted to each other.
 
@@ -604,6 +623,13 @@ SOURCES = {
         "DIR/release_test/testing/NAME.jpg",
         "http://sceneparsing.csail.mit.edu, DIR being its folder ADEChallengeData2016",
         "cd {out} && zip -q ../ade20k.zip *.png"),
+    "mapillary": Source(
+        open_mapillary, *class_table("mapillary"),
+        make_lut({i: i for i in range(65)} | {65: 255}),  # 65: unlabelled
+        {"train": [18000], "val": [2000], "test": [5000]},
+        "DIR/{training,validation,testing}/images/NAME.jpg "
+        "DIR/{training,validation}/{labels,v1.2/labels}/NAME.png",
+        "https://www.mapillary.com/dataset/vistas, after registration"),
     "context59": Source(
         open_context, CONTEXT60[0][1:], CONTEXT60[1][1:],
         make_lut({i + 1: i for i in range(59)} | {0: 255, 255: 255}), *CONTEXT),

@@ -339,6 +339,7 @@ OUR_DATASETS = {
     "streets": {"crop": (128, 256), "epochs": 6, "scale": (1.0, 1.0),
                 "photometric": False},
     "camvid": {"batch": 4, "lr": 0.03, "epochs": 41, "bn_images": 96},
+    "mapillary": {"base_size": (2048, 2048)},  # its images have up to 6000 columns
 }
 
 

@@ -283,18 +283,19 @@ VOC, CONTEXT = "VOCdevkit/VOC2012", "VOCdevkit/VOC2010"
 RAW_IDS = {"camvid": range(12), "cityscapes": [*range(34), 255],
            "folder": [0, 1, 2, 255], "voc": [*range(21), 255],
            "voc-aug": [*range(21), 255], "ade20k": range(151),
-           "context59": range(60), "context60": range(60)}
+           "mapillary": range(66), "context59": range(60), "context60": range(60)}
 
 
 def tree_files(name: str, split: str, i: int) -> tuple[str, str, str]:
     """Where a data set as distributed has image i, its mask, and the split's list."""
     folder = {"train": "training", "val": "validation"}.get(split)
+    vistas = folder or "testing"
     city = {"train": "aachen", "val": "frankfurt", "test": "berlin"}[split]
     number = i + {"train": 0, "val": 1000, "test": 2000}[split]
     stem = {"camvid": f"{i:04d}", "cityscapes": f"{city}_{i:06d}_000019",
             "folder": f"{i}", "voc": f"2007_{number + 32:06d}",
-            "voc-aug": f"2007_{number + 32:06d}", "ade20k": f"ADE_{split}_{i + 1:08d}"
-            }.get(name, f"2008_{number + 2:06d}")
+            "voc-aug": f"2007_{number + 32:06d}", "ade20k": f"ADE_{split}_{i + 1:08d}",
+            "mapillary": f"{split}_{i:018d}"}.get(name, f"2008_{number + 2:06d}")
     aug = ("Aug", "train_aug") if (name, split) == ("voc-aug", "train") else ("", split)
     voc = (f"{VOC}/JPEGImages/{stem}.jpg",
            f"{VOC}/SegmentationClass{aug[0]}/{stem}.png",
@@ -310,6 +311,7 @@ def tree_files(name: str, split: str, i: int) -> tuple[str, str, str]:
         "folder": (f"{split}/images/{stem}.jpg", f"{split}/masks/{stem}.png", ""),
         "voc": voc, "voc-aug": voc, "context59": context, "context60": context,
         "ade20k": (f"{ade}/{stem}.jpg", f"annotations/{folder}/{stem}.png", ""),
+        "mapillary": (f"{vistas}/images/{stem}.jpg", f"{vistas}/labels/{stem}.png", ""),
     }[name]
 
 
@@ -324,9 +326,9 @@ def draw_tree(root: Path, name: str, *, size=(64, 96), images=2, seed=0,
         blocks = rng.choice(ids, (size[0] // cell, size[1] // cell))
         blocks.flat[:len(ids)] = ids
         raw = np.kron(blocks, np.ones((cell, cell))).astype(np.uint8)
-        is_voc = "SegmentationClass/" in str(mask)
+        is_palette = "SegmentationClass/" in str(mask) or name == "mapillary"
         if split != "test" or name in ("camvid", "folder"):
-            save(mask, raw, palette=VOC_COLOURS if is_voc else None)
+            save(mask, raw, palette=VOC_COLOURS if is_palette else None)
         elif name == "cityscapes":  # dummies, as distributed
             save(mask, np.zeros(size, np.uint8))
         if listed != root:
