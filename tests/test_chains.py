@@ -2,8 +2,7 @@
 
 Likely mistakes that were planted, and are found: the recipe of a first run for one that
 goes on, or the other way round; weights of ImageNet in the recipe of a run that begins
-with others; the classifier of 65 classes taken over into 19; the first run's weights
-not taken over at all.
+with others; the first run's weights not taken over at all.
 """
 import json
 import shlex
