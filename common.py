@@ -690,7 +690,9 @@ def build_model(spec: str, num_classes: int, *, backbone="resnet50", weights="no
                           memory, the same numbers
         model.encoder, .context, .decoder, .aux_heads
                           parts for cost and learning rates; else it is one part
-        RECIPES           {data set: {name: (value, source)}}; else train.py's own
+        RECIPES           {data set: {name: (value, source)}}; else train.py's own.
+                          "DATASET:BACKBONE" is a key, too, and "finetuned DATASET" for
+                          runs that begin with the weights of another
         FROM_SCRATCH      options of build in train.py's own recipes; else none
         prepare(model, label_maps, progress) -> line for the log, before step one
         pretrain_loss(model, images, labels) -> loss of the first --pretrain steps

@@ -5,7 +5,9 @@
     open_dataset("cityscapes", "train", root=DIR)  19, as distributed, no preparation
     open_dataset("voc", "trainval", root=DIR)      21, PASCAL VOC 2012
     open_dataset("voc-aug", "train", root=DIR)     21, the same with SBD's masks
+    open_dataset("coco-voc", "train", root=DIR)    21, COCO's objects of VOC's classes
     open_dataset("ade20k", "val", root=DIR)        150, SceneParsing's layout
+    open_dataset("mapillary", "train", root=DIR)   65, Mapillary Vistas 1.2
     open_dataset("context59", "train", root=DIR)   PASCAL Context without background
     open_dataset("context60", "train", root=DIR)   .. and with it
     open_dataset("folder", "train", root=DIR)      your own images and masks
@@ -20,13 +22,14 @@ later line knows about Cityscapes' 34 ids or ADE20K's zero.
 Randomness: sample i of epoch e is seeded from (seed, epoch, i) alone. It is the same
 picture with the same augmentation for any number of workers, and after a restart.
 
-From top to bottom: what a data set is, reading files, the published sets' classes and
-where their files are, augmentation, loaders, the command that checks a data set, and at
-the end a picture book: how `streets` is drawn.
+From top to bottom: what a data set is, reading files, drawing COCO's objects, the
+published sets' classes and where their files are, augmentation, loaders, the command
+that checks a data set, and at the end a picture book: how `streets` is drawn.
 """
 from __future__ import annotations
 
 import csv
+import json
 import math
 import os
 import signal
@@ -70,10 +73,11 @@ class Info:
 class Files:
     """A data set of image and mask files; no masks where the labels are not public.
 
-    `colours` is {(r, g, b): id} where masks may be colour-coded.
+    A mask may also be one that is yet to be drawn, of Instances. `colours` is
+    {(r, g, b): id} where masks may be colour-coded.
     """
 
-    def __init__(self, info: Info, pairs: list[tuple[Path, Path | None]],
+    def __init__(self, info: Info, pairs: list[tuple[Path, Path | Instances | None]],
                  lut: np.ndarray, colours: dict | None = None):
         self.info, self.pairs, self.lut, self.colours = info, pairs, lut, colours
 
@@ -107,6 +111,8 @@ class Files:
         if path is None:
             raise UserError(f"{self.info.name} test has no public labels; predict "
                             f"--submission makes files for its server")
+        if isinstance(path, Instances):
+            return torch.from_numpy(path.draw())
         raw = read_mask(path, self.colours)
         return torch.from_numpy(map_labels(raw, self.lut, path,
                                            binary_ok=self.info.name == "folder"))
@@ -266,6 +272,107 @@ def make_lut(mapping: dict[int, int]) -> np.ndarray:
     for raw, label in mapping.items():
         lut[raw] = label
     return lut
+
+
+# --- COCO's objects, drawn -----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Instances:
+    """The objects of one image in COCO's annotations: a mask that is yet to be drawn.
+
+    They are kept as text. All of COCO's outlines as lists of numbers would take some
+    gigabytes, and as much again in each process of the loader that touches them.
+    """
+
+    file: Path  # the annotations, and in them
+    image: str
+    height: int
+    width: int
+    text: str  # JSON: [[class id or 255, segmentation], ..], the foremost one last
+
+    def __str__(self) -> str:
+        return f"{self.file}, image {self.image}"
+
+    def draw(self) -> np.ndarray:
+        """Class ids (H, W) uint8: background, and the objects painted over it in turn.
+        """
+        labels = np.zeros((self.height, self.width), np.uint8)
+        try:
+            for value, segmentation in json.loads(self.text):
+                labels[region(segmentation, self.height, self.width)] = value
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{self}: a segmentation that cannot be drawn ({error}); "
+                            f"were the annotations edited?") from None
+        return labels
+
+
+def region(segmentation: list | dict, height: int, width: int) -> np.ndarray:
+    """One object's pixels, (H, W) bool, of either kind of segmentation that COCO has.
+
+    Polygons, [[x0, y0, x1, y1, ..], ..], are the parts of an object which something in
+    front may separate. It is all that is in any of them, also where two overlap.
+    Run lengths, {"size": [H, W], "counts": ..}, are what crowds have.
+    """
+    if isinstance(segmentation, list):
+        inside = np.zeros((height, width), bool)
+        for polygon in segmentation:
+            corners = np.array(polygon, np.float64).reshape(-1, 2)
+            inside |= inside_polygon(corners, height, width)
+        return inside
+    if segmentation["size"] != [height, width]:
+        raise ValueError(f"run lengths of size {segmentation['size']} in an image of "
+                         f"{[height, width]}, H W")
+    runs = run_lengths(segmentation["counts"])
+    if sum(runs) != height * width:
+        raise ValueError(f"run lengths of {sum(runs)} pixels in an image of "
+                         f"{height * width}")
+    # The first run is outside, the second inside, and so on, down one column of the
+    # image after the other.
+    inside = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+    return inside.reshape(width, height).T
+
+
+def inside_polygon(corners: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Pixels whose centre is inside by parity, (H, W) bool; corners (N, 2) are x, y.
+
+    Walk along a row from the left edge of the image: whoever has crossed the outline an
+    odd number of times is inside. So an outline that winds around a place twice leaves
+    a hole there. Pixel (0, 0) covers 0 to 1, its centre is at 0.5. COCO's own tool
+    rounds corners to fifths of a pixel and may differ at the outline.
+    """
+    crossings = np.zeros((height, width + 1), np.int32)
+    centres = np.arange(height) + 0.5
+    for (x0, y0), (x1, y1) in zip(corners, np.roll(corners, -1, axis=0)):
+        rows = np.flatnonzero((y0 <= centres) != (y1 <= centres))
+        x = x0 + (centres[rows] - y0) / (y1 - y0) * (x1 - x0)
+        first = np.ceil(x - 0.5).clip(0, width).astype(int)  # whose centre is behind x
+        crossings[rows, first] += 1
+    return crossings.cumsum(axis=1)[:, :width] % 2 == 1
+
+
+def run_lengths(counts: list[int] | str) -> list[int]:
+    """COCO's run lengths, from its compressed form, too (rleFrString in maskApi.c).
+
+    There a number is cut into digits of 5 bits, the lowest first, and each is written
+    as the character 48 + digit, plus 32 if more digits follow. The highest bit of the
+    last digit is the sign. From the fourth run on, the difference to the run before
+    the last one is written: neighbouring columns have runs of similar lengths.
+    """
+    if isinstance(counts, list):
+        return counts
+    runs, value, shift = [], 0, 0
+    for character in counts:
+        digit = ord(character) - 48
+        value |= (digit & 31) << shift
+        shift += 5
+        if digit & 32:
+            continue
+        if digit & 16:
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value, shift = 0, 0
+    return runs
 
 
 # --- Published data sets: what their classes are called ------------------------------
@@ -452,6 +559,82 @@ def open_ade20k(name: str, root: Path, split: str) -> Files:
                 files_in(root / "annotations" / folder))
 
 
+def open_mapillary(name: str, root: Path, split: str) -> Files:
+    """Mapillary Vistas with the classes of its versions 1.0 to 1.2 (ICCV 2017).
+
+    A palette PNG per image holds the ids 0..64, and 65 where nothing is labelled, which
+    is ignored. The release counts 66 classes because it counts that one as well. Who
+    downloads version 2.0 finds these files in v1.2/, beside those of 124 classes.
+    Images have many sizes: --base-size 2048 2048 gives each a longer side of 2048.
+    """
+    base = root / {"train": "training", "val": "validation"}[split]
+    labels = base / "v1.2" / "labels"
+    if not labels.is_dir():
+        labels = base / "labels"
+    return pair(name, split, files_in(base / "images"), files_in(labels))
+
+
+# COCO's names of VOC's classes, where they differ.
+COCO_NAMES = {"airplane": "aeroplane", "couch": "sofa", "dining table": "diningtable",
+              "motorcycle": "motorbike", "potted plant": "pottedplant",
+              "tv": "tvmonitor"}
+SMALLEST = 1000  # pixels of an object that is learned
+
+
+def open_coco_voc(name: str, root: Path, split: str) -> Files:
+    """COCO 2017 as networks are trained on it before VOC: 20 classes and background.
+
+    Objects of VOC's classes are painted over background, the largest first, so that
+    what stands on a table is seen. All other categories are background, as for DeepLab
+    (arXiv:1706.05587, Sec. 4). Ignored are crowds (COCO's `iscrowd`: people or things
+    outlined together, only roughly), where no object is painted over them, and objects
+    of fewer than 1,000 pixels. DeepLab trains on the images "that have annotation
+    regions larger than 1000 pixels": train leaves out those in which nothing else is
+    left. val has all images. What DeepLab does with small objects in the images that
+    it keeps, and which object is in front, is not said: both are ours.
+    """
+    file = root / "annotations" / f"instances_{split}2017.json"
+    masks = read_instances(file, SOURCES[name].classes, every_image=split == "val")
+    return pair(name, split, files_in(root / f"{split}2017"), masks, masks)
+
+
+def read_instances(file: Path, classes: tuple, *,
+                   every_image: bool) -> dict[str, Instances]:
+    """{name of an image: its objects}; only images with one to learn, or every one."""
+    try:
+        content = json.loads(file.read_bytes())
+        ids = {}
+        for category in content["categories"]:
+            label = COCO_NAMES.get(category["name"], category["name"])
+            if label in classes:
+                ids[category["id"]] = classes.index(label)
+        objects = {image["id"]: [] for image in content["images"]}
+        for each in content["annotations"]:
+            if each["category_id"] in ids:
+                objects[each["image_id"]].append(each)
+        masks = {}
+        for image in content["images"]:
+            # Crowds are painted first, so that any object covers them.
+            painted = sorted(objects[image["id"]],
+                             key=lambda each: (not each["iscrowd"], -each["area"]))
+            values = [IGNORE_INDEX if each["iscrowd"] or each["area"] < SMALLEST
+                      else ids[each["category_id"]] for each in painted]
+            if every_image or set(values) - {IGNORE_INDEX}:
+                text = json.dumps([(value, each["segmentation"])
+                                   for value, each in zip(values, painted)])
+                masks[Path(image["file_name"]).stem] = Instances(
+                    file, image["file_name"], image["height"], image["width"], text)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{file}: not COCO's annotations of objects "
+                        f"({type(error).__name__}: {error}); an incomplete download, "
+                        f"or another file under this name?") from None
+    missing = set(range(1, len(classes))) - set(ids.values())
+    if missing:
+        raise UserError(f"{file}: no category {classes[min(missing)]!r}, which COCO's "
+                        f"instances have; another file under this name?")
+    return masks
+
+
 def open_context(name: str, root: Path, split: str) -> Files:
     """PASCAL Context, 59 or 60 classes: two data sets, never converted to each other.
 
@@ -595,6 +778,13 @@ SOURCES = {
         f"{VOC}ImageSets/Segmentation/train_aug.txt",
         f"{VOC_HOME} and http://home.bharathh.info/pubs/codes/SBD/download.html, made "
         "PNG by mmsegmentation's tools/dataset_converters/voc_aug.py", *VOC_SERVER),
+    "coco-voc": Source(
+        open_coco_voc, *class_table("voc"), VOC_LUT,
+        # How many of the 118,287 images of train are left is not known here.
+        {"train": [], "val": [5000]},
+        "DIR/SPLIT2017/NAME.jpg DIR/annotations/instances_SPLIT2017.json",
+        "https://cocodataset.org/#download: 2017 train and val images, and their "
+        "train/val annotations"),
     "ade20k": Source(
         open_ade20k, *class_table("ade20k"),
         make_lut({i + 1: i for i in range(150)} | {0: 255}),  # 0: none of the 150
@@ -604,6 +794,13 @@ SOURCES = {
         "DIR/release_test/testing/NAME.jpg",
         "http://sceneparsing.csail.mit.edu, DIR being its folder ADEChallengeData2016",
         "cd {out} && zip -q ../ade20k.zip *.png"),
+    "mapillary": Source(
+        open_mapillary, *class_table("mapillary"),
+        make_lut({i: i for i in range(65)} | {65: 255}),  # 65: unlabelled
+        {"train": [18000], "val": [2000]},
+        "DIR/{training,validation}/images/NAME.jpg "
+        "DIR/{training,validation}/{labels,v1.2/labels}/NAME.png",
+        "https://www.mapillary.com/dataset/vistas, after registration"),
     "context59": Source(
         open_context, CONTEXT60[0][1:], CONTEXT60[1][1:],
         make_lut({i + 1: i for i in range(59)} | {0: 255, 255: 255}), *CONTEXT),

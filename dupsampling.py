@@ -163,8 +163,10 @@ there is no `convert`: no checkpoint exists that it could translate.
                are not stated, and mirrored. Of Table 6 (Context) it is not said.
         Here:  The recipes are these, and `--dataset voc` is the set of 1,464 images.
                A ResNet on Cityscapes and Context is ours and takes the ResNets' values.
-               Batch norm sees what a GPU holds of a batch, not 12 or 16. COCO is not a
-               data set of this library, so Table 5's rounds have no recipe.
+               Batch norm sees what a GPU holds of a batch, not 12 or 16. Table 5's
+               rounds are `--dataset coco-voc`, then `voc-aug` and `voc` with
+               `--finetune-from` the last one, which chooses the recipes "finetuned ..".
+               All weights are taken over, W as well: it stays that of COCO's labels.
         Effect: Not measured.
     N13 The network of the upper bound (Table 1, mIoU*).
         Paper: Five convolutions, 3x3 with stride 2, are "fed with ground truth labels
@@ -251,6 +253,11 @@ XCEPTION_71 = XCEPTION | {"backbone": ("xception71", "paper, Sec. 4.1.3 and Tabl
 CITYSCAPES = {"lr": (0.01, "paper, Sec. 4.1.3"),
               "iterations": (90_000, "paper, Sec. 4.1.3"), "crop": ((769, 769), OPEN)}
 CONTEXT = {"lr": (0.007, CARRIED), "iterations": (30_000, CARRIED)}
+ROUNDS = "paper, Sec. 4.2"  # of Table 5, each from the weights of the last
+COCO = {"lr": (0.007, ROUNDS), "iterations": (500_000, ROUNDS)}
+SBD = {"lr": (0.001, ROUNDS), "iterations": (30_000, ROUNDS)}
+TRAINVAL = {"lr": (0.0001, ROUNDS), "iterations": (30_000, ROUNDS)}
+ROUNDS_RESNET = {"backbone": ("resnet50", "ours; the paper has Xception-65")}
 RECIPES = {
     "voc": SCHEDULE,  # Tables 1 to 3
     "voc:xception65": SCHEDULE | XCEPTION_65,  # Table 3, with components=128  [N10]
@@ -265,6 +272,12 @@ RECIPES = {
         "backbone": ("resnet50", "ours; the paper has Xception-65 and 71")},
     "context60:xception65": SCHEDULE | CONTEXT | XCEPTION_65,  # Table 6
     "context60:xception71": SCHEDULE | CONTEXT | XCEPTION_71,
+    "coco-voc": SCHEDULE | COCO | ROUNDS_RESNET,
+    "coco-voc:xception65": SCHEDULE | COCO | XCEPTION_65,  # Table 5, three rounds
+    "finetuned voc-aug": SCHEDULE | SBD | ROUNDS_RESNET,
+    "finetuned voc-aug:xception65": SCHEDULE | SBD | XCEPTION_65,
+    "finetuned voc": SCHEDULE | TRAINVAL | ROUNDS_RESNET,
+    "finetuned voc:xception65": SCHEDULE | TRAINVAL | XCEPTION_65,
 }
 
 # --- 2. Equations --------------------------------------------------------------------

@@ -145,8 +145,8 @@ GMACs and parameters are those of ResNet-101 with 60 classes at 512x512 pixels.
         Here:  The recipes are the paper's, with the code's batch sizes and its 10
                times. Crops are filled with the mean colour (data.py). `context59` are
                the code's classes, `context60` the paper's.
-               ADE20K's 600 codewords are the variant `n600`. COCO is not a data set of
-               this library.
+               ADE20K's 600 codewords are the variant `n600`. COCO (`coco-voc`) has the
+               schedule of VOC, which then goes on from it with `--finetune-from`.
         Effect: Not measured.
     N13 Testing.
         Paper: The mean of predictions at scales "sampled uniformly from [0.5, 2.0]",
@@ -233,12 +233,15 @@ SCHEDULE = {"lr": (0.001, PAPER), "head_lr": (10.0, OFFICIAL),
             "photometric": (False, "paper, Sec. 4.1: only flip and scale"),
             "aux_weight": (0.4, "the paper has none; of the U-Nets, ours"),  # [N10]
             "crop": ((512, 512), PAPER), "epochs": (120, PAPER)}
+VOC = SCHEDULE | {"lr": (0.002, PAPER), "epochs": (80, PAPER),
+                  "batch": (16, "official code, for PASCAL Context")}
+UNSTATED = "not stated; the paper's for VOC, Sec. 4.1"
 RECIPES = {  # of training [N12]; how the networks are tested is in [N13]
     "context60": SCHEDULE,
     "context59": SCHEDULE,
-    "voc": SCHEDULE | {  # the augmented set, --dataset voc-aug (Sec. 4.3)
-        "lr": (0.002, PAPER), "epochs": (80, PAPER),
-        "batch": (16, "official code, for PASCAL Context")},
+    "voc": VOC,  # the augmented set, --dataset voc-aug (Sec. 4.3)
+    "coco-voc": VOC | {  # before it, the lower part of Table 6
+        "lr": (0.002, UNSTATED), "epochs": (80, UNSTATED)},
     "ade20k": SCHEDULE | {  # with 600 codewords, `efficientfcn:n600`
         "lr": (0.002, PAPER), "crop": ((576, 576), PAPER), "batch": (32, OFFICIAL)},
 }

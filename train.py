@@ -338,6 +338,7 @@ OUR_DATASETS = {
     "streets": {"crop": (128, 256), "epochs": 6, "scale": (1.0, 1.0),
                 "photometric": False},
     "camvid": {"batch": 4, "lr": 0.03, "epochs": 41, "bn_images": 96},
+    "mapillary": {"base_size": (2048, 2048)},  # its images have up to 6000 columns
 }
 
 
@@ -348,14 +349,17 @@ def recipes_of(method: str) -> dict:
 def recipe_name(args) -> str:
     """The key of a module's RECIPES: a data set, or `data set:backbone` before that.
 
-    The augmented VOC is trained on as VOC is, both Contexts are trained on alike.
+    The augmented VOC is trained on as VOC is, both Contexts are trained on alike. A run
+    that begins with the weights of another first looks for `finetuned data set`, which
+    a paper has that trains on several data sets in turn.
     """
     other = {"voc-aug": "voc", "context59": "context60"}.get(args.dataset)
-    for name in filter(None, (args.dataset, other)):
-        for key in (f"{name}:{getattr(args, 'backbone', None)}", name):
-            if key in recipes_of(args.method):
-                return key
-    return args.dataset
+    keys = [key for name in filter(None, (args.dataset, other))
+            for key in (f"{name}:{getattr(args, 'backbone', None)}", name)]
+    if args.finetune_from:
+        keys = [f"finetuned {key}" for key in keys] + keys
+    recipes = recipes_of(args.method)
+    return next((key for key in keys if key in recipes), args.dataset)
 
 
 def make_recipe(args) -> dict[str, tuple]:
@@ -376,6 +380,8 @@ def make_recipe(args) -> dict[str, tuple]:
             recipe[name] = (getattr(args, name), "command line")
     if "epochs" in args.given and "iterations" not in args.given:
         recipe["iterations"] = (0, "command line")
+    if args.finetune_from:
+        recipe["weights"] = ("none", "--finetune-from brings its own")
     return recipe
 
 

@@ -1,5 +1,6 @@
 """Shared by the tests: tiny models, drawn data trees, runs, processes, commands."""
 import csv
+import json
 import multiprocessing
 import os
 import shutil
@@ -283,6 +284,7 @@ VOC, CONTEXT = "VOCdevkit/VOC2012", "VOCdevkit/VOC2010"
 RAW_IDS = {"camvid": range(12), "cityscapes": [*range(34), 255],
            "folder": [0, 1, 2, 255], "voc": [*range(21), 255],
            "voc-aug": [*range(21), 255], "ade20k": range(151),
+           "coco-voc": [*range(21), 255], "mapillary": range(66),
            "context59": range(60), "context60": range(60)}
 
 
@@ -293,8 +295,8 @@ def tree_files(name: str, split: str, i: int) -> tuple[str, str, str]:
     number = i + {"train": 0, "val": 1000, "test": 2000}[split]
     stem = {"camvid": f"{i:04d}", "cityscapes": f"{city}_{i:06d}_000019",
             "folder": f"{i}", "voc": f"2007_{number + 32:06d}",
-            "voc-aug": f"2007_{number + 32:06d}", "ade20k": f"ADE_{split}_{i + 1:08d}"
-            }.get(name, f"2008_{number + 2:06d}")
+            "voc-aug": f"2007_{number + 32:06d}", "ade20k": f"ADE_{split}_{i + 1:08d}",
+            "mapillary": f"{split}_{i:018d}"}.get(name, f"2008_{number + 2:06d}")
     aug = ("Aug", "train_aug") if (name, split) == ("voc-aug", "train") else ("", split)
     voc = (f"{VOC}/JPEGImages/{stem}.jpg",
            f"{VOC}/SegmentationClass{aug[0]}/{stem}.png",
@@ -310,12 +312,66 @@ def tree_files(name: str, split: str, i: int) -> tuple[str, str, str]:
         "folder": (f"{split}/images/{stem}.jpg", f"{split}/masks/{stem}.png", ""),
         "voc": voc, "voc-aug": voc, "context59": context, "context60": context,
         "ade20k": (f"{ade}/{stem}.jpg", f"annotations/{folder}/{stem}.png", ""),
+        "coco-voc": (f"{split}2017/{i:012d}.jpg",
+                     f"annotations/instances_{split}2017.json", ""),
+        "mapillary": (f"{folder}/images/{stem}.jpg", f"{folder}/labels/{stem}.png", ""),
     }[name]
+
+
+# COCO's ids of VOC's classes in VOC's order, and of two more.
+COCO_IDS = {
+    "airplane": 5, "bicycle": 2, "bird": 16, "boat": 9, "bottle": 44, "bus": 6,
+    "car": 3, "cat": 17, "chair": 62, "cow": 21, "dining table": 67, "dog": 18,
+    "horse": 19, "motorcycle": 4, "person": 1, "potted plant": 64, "sheep": 20,
+    "couch": 63, "train": 7, "tv": 72, "bear": 23, "cup": 47}
+
+
+def box(x0, y0, x1, y1) -> list:
+    """A rectangle as COCO's outline."""
+    return [x0, y0, x1, y0, x1, y1, x0, y1]
+
+
+def thing(name: str, *polygons, area=1000, iscrowd=0, runs=None) -> dict:
+    """One of COCO's annotations: an object's category, and where it is."""
+    return {"category_id": COCO_IDS[name], "area": area, "iscrowd": iscrowd,
+            "segmentation": runs or list(polygons)}
+
+
+def all_objects(size) -> list[dict]:
+    """An object of each class beside the other, and a crowd."""
+    steps = range(0, size[1] // 8 * (size[0] // 8))
+    corners = [(8 * (i % (size[1] // 8)), 8 * (i // (size[1] // 8))) for i in steps]
+    objects = [thing(name, box(x, y, x + 8, y + 8))
+               for name, (x, y) in zip(COCO_IDS, corners)]
+    height, width = size
+    crowd = {"size": [height, width], "counts": [height * (width - 8), height * 8]}
+    return [*objects, thing("person", iscrowd=1, runs=crowd)]
+
+
+def draw_coco(root: Path, split: str, objects: list[list[dict]], *, size=(64, 96),
+              seed=0) -> Path:
+    """COCO's images and annotations, `objects` being those of each image."""
+    rng, annotations, images = np.random.default_rng(seed), [], []
+    for i, present in enumerate(objects):
+        image, listed, _ = (root / part for part in tree_files("coco-voc", split, i))
+        save(image, rng.integers(0, 256, (*size, 3), dtype=np.uint8))
+        images.append({"id": 100 + i, "file_name": image.name, "height": size[0],
+                       "width": size[1]})
+        annotations += [{"image_id": 100 + i, **each} for each in present]
+    categories = [{"id": number, "name": name} for name, number in COCO_IDS.items()]
+    listed.parent.mkdir(parents=True, exist_ok=True)
+    listed.write_text(json.dumps({"images": images, "annotations": annotations,
+                                  "categories": categories}))
+    return root
 
 
 def draw_tree(root: Path, name: str, *, size=(64, 96), images=2, seed=0,
               splits=("train", "val")) -> Path:
     """A small data set in the layout that `name` is distributed in, all ids present."""
+    if name == "coco-voc":
+        for split in splits:
+            draw_coco(root, split, [all_objects(size)] * images, size=size, seed=seed)
+        return root
     rng, ids = np.random.default_rng(seed), list(RAW_IDS[name])
     cell = 8 if len(ids) <= size[0] * size[1] // 64 else 4
     for split, i in [(split, i) for split in splits for i in range(images)]:
@@ -324,9 +380,9 @@ def draw_tree(root: Path, name: str, *, size=(64, 96), images=2, seed=0,
         blocks = rng.choice(ids, (size[0] // cell, size[1] // cell))
         blocks.flat[:len(ids)] = ids
         raw = np.kron(blocks, np.ones((cell, cell))).astype(np.uint8)
-        is_voc = "SegmentationClass/" in str(mask)
+        is_palette = "SegmentationClass/" in str(mask) or name == "mapillary"
         if split != "test" or name in ("camvid", "folder"):
-            save(mask, raw, palette=VOC_COLOURS if is_voc else None)
+            save(mask, raw, palette=VOC_COLOURS if is_palette else None)
         elif name == "cityscapes":  # dummies, as distributed
             save(mask, np.zeros(size, np.uint8))
         if listed != root:

@@ -421,7 +421,15 @@ def test_label_maps_are_read_again_in_every_pass():
     ("cityscapes:xception71", "Sec. 4", {"batch": 32, "weight_decay": 4e-5}),
     ("cityscapes", "Sec. 4.1.3", {"lr": 0.01, "iterations": 90_000}),
     ("cityscapes", "Sec. 4", {"batch": 48, "weight_decay": 1e-4}),
-    ("context60:xception71", "Sec. 4", {"batch": 32, "weight_decay": 4e-5})])
+    ("context60:xception71", "Sec. 4", {"batch": 32, "weight_decay": 4e-5}),
+    # Table 5, in three rounds
+    ("coco-voc:xception65", "Sec. 4.2", {"lr": 0.007, "iterations": 500_000}),
+    ("finetuned voc-aug:xception65", "Sec. 4.2", {"lr": 0.001, "iterations": 30_000}),
+    ("finetuned voc:xception65", "Sec. 4.2", {"lr": 0.0001, "iterations": 30_000}),
+    ("finetuned voc:xception65", "Sec. 4", {"batch": 32, "backbone": "xception65"}),
+    ("coco-voc", "Sec. 4.2", {"lr": 0.007, "iterations": 500_000}),
+    ("finetuned voc-aug", "Sec. 4.2", {"lr": 0.001, "iterations": 30_000}),
+    ("finetuned voc", "Sec. 4.2", {"lr": 0.0001, "iterations": 30_000})])
 def test_recipes_are_what_the_paper_states(recipe, place, stated):
     """Sec. 4 and its parts: each value, and a source that says where it is (N12)."""
     for name, value in stated.items():
@@ -432,7 +440,7 @@ def test_recipes_are_what_the_paper_states(recipe, place, stated):
 
 @pytest.mark.parametrize("recipe, names", [
     ("cityscapes", ["backbone"]), ("context60", ["backbone", "lr", "iterations"]),
-    ("context60:xception65", ["lr", "iterations"])])
+    ("context60:xception65", ["lr", "iterations"]), ("coco-voc", ["backbone"])])
 def test_what_the_paper_does_not_state_is_marked_ours(recipe, names):
     """No ResNet on Cityscapes or Context, and no schedule for Context (N12)."""
     for name in names:

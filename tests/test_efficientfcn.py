@@ -539,6 +539,15 @@ def test_recipes_are_those_of_section_4_1(dataset, lr, epochs, crop):
         assert recipe[name][1].startswith("official code"), name
 
 
+def test_coco_has_the_schedule_of_voc_and_says_that_it_is_not_stated():
+    """Table 6 has a row with COCO, the text no word on how it was trained (N12)."""
+    coco, voc = (efficientfcn.RECIPES[name] for name in ("coco-voc", "voc"))
+    for name in ("lr", "epochs"):
+        assert coco[name][0] == voc[name][0]
+        assert coco[name][1].startswith("not stated"), name
+    assert {name for name in voc if coco[name] != voc[name]} == {"lr", "epochs"}
+
+
 # --- Costs ---------------------------------------------------------------------------
 
 

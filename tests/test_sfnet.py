@@ -455,6 +455,15 @@ def test_recipes_are_the_papers(dataset, stated, section):
             assert source == "paper, Sec. 4.1, since Sec. 8 names none"
 
 
+def test_mapillary_and_then_cityscapes_have_the_same_setting():
+    """Sec. 7: 50,000 steps on each; Mapillary's longer sides are 2048 first (N17)."""
+    cityscapes = sfnet.RECIPES["cityscapes"]
+    steps = {"iterations": (50_000, "paper, Sec. 7")}
+    assert sfnet.RECIPES["finetuned cityscapes"] == cityscapes | steps
+    assert sfnet.RECIPES["mapillary"] == cityscapes | steps | {
+        "base_size": ((2048, 2048), "paper, Sec. 7: the longer side")}
+
+
 # --- The official code, restated -----------------------------------------------------
 
 
