@@ -178,17 +178,39 @@ def check_batch(values: int, layers: nn.Module) -> None:
 # --- Encoder -------------------------------------------------------------------------
 
 STEMS = {"": None, "c": (32, 32, 64), "s": (64, 64, 128)}
-BACKBONES = tuple(f"resnet{n}{s}" for n in (18, 50, 101) for s in STEMS)
-BACKBONES += ("resnext101_64x4d", "shufflenet_v2_x1_5")
+# torchvision's networks whose stages have names, ResNets with three stems.
+TORCHVISION = tuple(f"resnet{n}{s}" for n in (18, 34, 50, 101, 152) for s in STEMS)
+TORCHVISION += ("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d",
+                "wide_resnet50_2", "wide_resnet101_2", "shufflenet_v2_x0_5",
+                "shufflenet_v2_x1_0", "shufflenet_v2_x1_5", "shufflenet_v2_x2_0")
 LABELS = "labels"  # the backbone of an upper bound: it reads the ground truth
+
+
+def encoders() -> dict:
+    """The encoders that papers bring: {name: function that builds it}.
+
+    A paper module offers them as ENCODERS. Each function takes output_stride, and what
+    it builds has the attributes and the `forward` of Encoder, with the stages that it
+    has.
+    """
+    found = {}
+    for name in methods():
+        if "\nENCODERS" in (FOLDER / f"{name}.py").read_text(encoding="utf-8"):
+            found |= importlib.import_module(name).ENCODERS
+    return found
+
+
+def backbones() -> list[str]:
+    """Every --backbone, but for LABELS."""
+    return [*TORCHVISION, *encoders()]
 
 
 def split_backbone(backbone: str) -> tuple[str, tuple[int, ...] | None]:
     """'resnet50c' -> torchvision's name 'resnet50' and the widths of its deep stem."""
-    if backbone == LABELS:
-        Res5Only()["res2"]
-    if backbone not in BACKBONES:
-        raise UserError(f"unknown backbone {backbone!r}; known: {', '.join(BACKBONES)}")
+    if backbone not in TORCHVISION:
+        known = backbones()
+        raise UserError(f"unknown backbone {backbone!r}"
+                        f"{did_you_mean(backbone, known)}; known: {', '.join(known)}")
     suffix = backbone[-1] if backbone[-1] in "cs" else ""
     return backbone.removesuffix(suffix), STEMS[suffix]
 
@@ -255,7 +277,8 @@ def load_weights(net: nn.Module, backbone: str, weights: str) -> str:
     else:
         raise UserError(f"--weights {weights}: no such file; give imagenet, none or "
                         f"a file")
-    state = torchvision_names(state)
+    if backbone in TORCHVISION:
+        state = torchvision_names(state)
     own = {k: v for k, v in net.state_dict().items()
            if not k.startswith("fc.") and not k.endswith("batches_tracked")}
     parts = {name.split(".")[0] for name in own}
@@ -332,8 +355,7 @@ class Encoder(nn.Module):
                  ceil_mode=False):
         super().__init__()
         name, stem = split_backbone(backbone)
-        if output_stride not in (8, 16, 32):
-            raise UserError(f"output_stride {output_stride!r}: must be 32, 16 or 8")
+        check_output_stride(output_stride)
         self.in_channels = 3
         net = torchvision.models.get_model(name, weights=None)
         if stem:
@@ -342,7 +364,8 @@ class Encoder(nn.Module):
         split = resnet_stages if "resne" in name else shufflenet_stages
         stages, widths = split(net, output_stride)
         self.stem, self.res2, self.res3, self.res4, self.res5 = stages
-        self.channels = dict(zip(("stem", "res2", "res3", "res4", "res5"), widths))
+        self.channels = Stages(backbone, zip(("stem", "res2", "res3", "res4", "res5"),
+                                             widths))
         self.maxpool, self.output_stride = net.maxpool, output_stride
         self.maxpool.ceil_mode = ceil_mode
 
@@ -395,11 +418,12 @@ class LabelEncoder(nn.Module):
     def __init__(self, num_classes: int, *, output_stride=32):
         super().__init__()
         if output_stride not in (16, 32):
-            raise UserError(f"output_stride {output_stride!r}: for labels, 32 or 16")
+            raise UserError(f"output_stride {output_stride!r}: for {LABELS}, 32 or 16")
         widths = (num_classes, 32, 64, 128, 256, 512)
         strides = (2, 2, 2, 2, output_stride // 16)
         self.in_channels, self.output_stride = num_classes, output_stride
-        self.channels, self.loaded = Res5Only(res5=512), "reads the ground truth"
+        self.channels = Stages(LABELS, res5=512)
+        self.loaded = "reads the ground truth"
         self.layers = nn.Sequential(*(conv_bn_relu(i, o, stride=s) for i, o, s in
                                       zip(widths, widths[1:], strides)))
 
@@ -407,20 +431,42 @@ class LabelEncoder(nn.Module):
         return {"res5": self.layers(labels)}
 
 
-class Res5Only(dict):
-    """Widths of a LabelEncoder: a decoder that asks for another stage is told why."""
+class Stages(dict):
+    """Channels of an encoder's stages; one that asks for another stage is told why."""
+
+    def __init__(self, backbone: str, *args, **channels):
+        super().__init__(*args, **channels)
+        self.backbone = backbone
 
     def __missing__(self, stage: str):
-        raise UserError(f"--backbone {LABELS} has no {stage}, only res5: choose a "
-                        f"variant whose decoder reads res5 alone")
+        raise UserError(f"--backbone {self.backbone} has no {stage}, only "
+                        f"{', '.join(self)}: choose a variant whose decoder reads "
+                        f"no more")
 
 
-def make_encoder(backbone: str, num_classes: int, *, weights="none",
-                 output_stride=32) -> nn.Module:
-    """Encoder or LabelEncoder, for methods some of whose decoders read res5 alone."""
+def make_encoder(backbone: str, num_classes: int, *, weights="none", output_stride=32,
+                 ceil_mode=False) -> nn.Module:
+    """Any encoder by its name: torchvision's, a paper's, or LabelEncoder.
+
+    num_classes counts for the last alone, ceil_mode for the first (see Encoder).
+    """
     if backbone == LABELS:
         return LabelEncoder(num_classes, output_stride=output_stride)
-    return Encoder(backbone, weights=weights, output_stride=output_stride)
+    if backbone not in encoders():
+        return Encoder(backbone, weights=weights, output_stride=output_stride,
+                       ceil_mode=ceil_mode)
+    check_output_stride(output_stride)
+    if weights == "imagenet":
+        raise UserError(f"torchvision has no ImageNet weights for {backbone}: pass "
+                        f"--weights none, or a file with the names of its tensors")
+    encoder = encoders()[backbone](output_stride=output_stride)
+    encoder.loaded = load_weights(encoder, backbone, weights)
+    return encoder
+
+
+def check_output_stride(output_stride: int) -> None:
+    if output_stride not in (8, 16, 32):
+        raise UserError(f"output_stride {output_stride!r}: must be 32, 16 or 8")
 
 
 # --- Context modules and the auxiliary head ------------------------------------------

@@ -136,13 +136,15 @@ there is no `convert`: no checkpoint exists that it could translate.
         Paper: E is 128 on Xception-65 (Sec. 4). Cityscapes (Table 4) has Xception-71,
                without a word on E. So has one row of Table 6.
         Here:  `components` is E. The 25.14 billion FLOPs of Table 4 fit E = 256 on
-               Xception-71. torchvision has no Xception: `--backbone xception65` and
-               `--backbone xception71` have the sizes of its feature maps and nothing
-               else (class XceptionShapes). The maps that are read have the same sizes
-               in both.
-        Effect: The decoders of these rows can be counted, not trained. The 897.94
-               billion of Sec. 4.2 need the whole network, and test scales that are not
-               stated.
+               Xception-71. `--backbone xception65` is in deeplabv3plus.py. Its res2 is
+               the feature that Table 3 calls efb2u1c2 (entry flow, block 2, unit 1,
+               convolution 2), so `fuse-res2`. For mfb1u16c3 (middle flow, unit 16)
+               `fuse-res4` reads the sum that this unit ends with, not its third
+               convolution alone.
+        Effect: The decoders' costs are met. Sec. 4.2 has 897.94 billion for the whole
+               network: `fuse-res4` with E = 128 takes 897.17 at the six scales of
+               DeepLabv3+ and mirrored, which the text does not name (a test adds them
+               up). On scores: not measured.
     N11 How T is learned.
         Paper: "T can be learned automatically", from 1.
         Here:  The parameter is log T, so T is positive whatever a step does.
@@ -600,32 +602,6 @@ class BilinearDecoder(nn.Module):
         return upsample(logits, self.stride, size, rows)
 
 
-class XceptionShapes(nn.Module):
-    """Sizes of Xception's maps: entry flow at 1/4, middle flow and end at 1/16.  [N10]
-
-    There is nothing in it that could be trained: it makes empty maps, on the meta
-    device only, so that the cost of a decoder on them can be counted. Xception-65 and
-    Xception-71 differ inside, not in the sizes of these maps.
-    """
-
-    names = ("xception65", "xception71")
-    channels = {"res2": 256, "res4": 728, "res5": 2048}
-    strides = {"res2": 4, "res4": 16, "res5": 16}
-    in_channels = 3
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        if not images.is_meta:
-            raise UserError(f"{' and '.join(self.names)} are known by their shapes "
-                            f"only: for cost")
-        B, _, H, W = images.shape
-        features = {}
-        for stage, channels in self.channels.items():
-            s = self.strides[stage]
-            features[stage] = images.new_empty(B, channels, math.ceil(H / s),
-                                               math.ceil(W / s))
-        return features
-
-
 # --- 4. Model ------------------------------------------------------------------------
 
 
@@ -687,11 +663,8 @@ def build(num_classes: int, *, backbone="resnet50", weights="none",
             raise UserError(f"{name}={value!r}: must be one of {', '.join(known)}")
     if not set(fuse) <= set(STRIDES) or (decoder == "vanilla" and not fuse):
         raise UserError(f"fuse={fuse!r}: must name some of {', '.join(STRIDES)}")
-    if backbone in XceptionShapes.names:
-        encoder = XceptionShapes()
-    else:
-        encoder = make_encoder(backbone, num_classes, weights=weights,
-                               output_stride=output_stride)
+    encoder = make_encoder(backbone, num_classes, weights=weights,
+                           output_stride=output_stride)
     rates = tuple(rate * 32 // output_stride for rate in (3, 6, 9))  # [N7]
     if aspp:
         context = ASPP(encoder.channels["res5"], channels, projection=1, rates=rates)

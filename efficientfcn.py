@@ -185,8 +185,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import (Encoder, FCNHead, UserError, class_patches, conv_bn_relu,
-                    full_precision, label_colours, one_hot, placed_panel, repeat_border,
+from common import (FCNHead, UserError, class_patches, conv_bn_relu, full_precision,
+                    label_colours, make_encoder, one_hot, placed_panel, repeat_border,
                     show_errors, synthetic_scene, upsample, viewable, widened)
 
 # --- 1. Config -----------------------------------------------------------------------
@@ -469,7 +469,7 @@ def check_scales(**scales: tuple[str, ...]) -> None:
                             f"for instance ('res5',)")
 
 
-def pool_shortcuts(encoder: Encoder) -> None:
+def pool_shortcuts(encoder: nn.Module) -> None:
     """Let the shortcuts that halve the resolution average 2x2 positions first.  [N11]
 
     torchvision's 1x1 with stride 2 reads one position of four. The parameters keep
@@ -559,7 +559,7 @@ class EfficientFCN(nn.Module):
     that does nothing, because cost and learning rates are given for each of the parts.
     """
 
-    def __init__(self, encoder: Encoder, context: nn.Module, decoder: nn.Module,
+    def __init__(self, encoder: nn.Module, context: nn.Module, decoder: nn.Module,
                  aux_heads: nn.ModuleList):
         super().__init__()
         self.encoder = encoder
@@ -621,7 +621,8 @@ def build(num_classes: int, *, backbone="resnet50", weights="none", decoder="hgd
             raise UserError(f"{name}={value!r}: must be one of {', '.join(known)}")
     if decoder != "fcn" and output_stride != 32:
         raise UserError(f"output_stride={output_stride}: only decoder='fcn' is dilated")
-    encoder = Encoder(backbone, weights=weights, output_stride=output_stride)  # [N11]
+    encoder = make_encoder(backbone, num_classes, weights=weights,
+                           output_stride=output_stride)  # [N11]
     if pooled_shortcuts:
         pool_shortcuts(encoder)
     stages = encoder.channels

@@ -45,8 +45,8 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import resize
 
 import data
-from common import (ABOVE_ZERO, BACKBONES, IGNORE_INDEX, LABELS, ConfusionMatrix,
-                    Parser, UserError, autocast, build_model, checkpoint_file,
+from common import (ABOVE_ZERO, IGNORE_INDEX, LABELS, ConfusionMatrix, Parser,
+                    UserError, autocast, backbones, build_model, checkpoint_file,
                     class_patches, count_cost, join_processes, label_colours,
                     load_checkpoint, load_method, make_folder, methods, number,
                     out_of_memory, peak_memory, progress, published, rank_and_world,
@@ -1634,7 +1634,8 @@ def speed_options(speed: argparse.ArgumentParser) -> None:
                        metavar="HxW", help="of the images (default 512x1024)")
     speed.add_argument("--classes", nargs="+", type=number(int, 1, 255), default=[19],
                        metavar="K", help="default 19")
-    speed.add_argument("--backbone", choices=BACKBONES, default="resnet18")
+    speed.add_argument("--backbone", choices=backbones(), default="resnet18",
+                       metavar="NAME", help="encoder (resnet18)")
     speed.add_argument("--batch", type=number(int, 1), default=1, help="images (1)")
     speed.add_argument("--rounds", type=number(int, 1), default=ROUNDS, metavar="N",
                        help=f"how often each is timed ({ROUNDS})")

@@ -42,12 +42,12 @@ import torchvision
 from torch import Tensor, nn
 
 import data
-from common import (ABOVE_ZERO, BACKBONES, FORMAT, IGNORE_INDEX, LABELS, PATIENCE,
-                    Damaged, Parser, UserError, autocast, build_model, check_option,
-                    join_processes, load_checkpoint, load_method, make_folder,
-                    method_options, methods, number, out_of_memory, peak_memory,
-                    progress, rank_and_world, save_checkpoint, segmentation_loss,
-                    show_errors)
+from common import (ABOVE_ZERO, FORMAT, IGNORE_INDEX, LABELS, PATIENCE, Damaged,
+                    Parser, UserError, autocast, backbones, build_model,
+                    check_option, join_processes, load_checkpoint, load_method,
+                    make_folder, method_options, methods, number, out_of_memory,
+                    peak_memory, progress, rank_and_world, save_checkpoint,
+                    segmentation_loss, show_errors)
 from evaluate import Protocol, sample_sheet, score_dataset
 
 # --- Part 1. The lesson --------------------------------------------------------------
@@ -299,8 +299,8 @@ class Option:
 
 # Ours, for every method, where its module has no recipe of its own for the data set.
 RECIPE = {
-    "backbone": Option("resnet18", f"encoder: {', '.join(BACKBONES)}; or {LABELS}, the "
-                                   f"upper bound"),
+    "backbone": Option("resnet18", f"encoder: {', '.join(backbones())}; or {LABELS}, "
+                                   f"the upper bound"),
     "weights": Option("none", "encoder weights: imagenet, none, or a file"),
     "batch": Option(8, "images per step", 1),
     "crop": Option((256, 352), "training crop, H W in pixels", 32),

@@ -5,7 +5,7 @@ The least that a method needs: VARIANTS and `build`, see build_model in common.p
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import Encoder
+from common import make_encoder
 
 VARIANTS = {"default": {}, "coarse": {"stages": ("res5",)}}
 
@@ -33,4 +33,5 @@ class Sixth(nn.Module):
 def build(num_classes: int, *, backbone="resnet18", weights="none",
           stages=("res2", "res3", "res4", "res5")) -> nn.Module:
     """stages: which ones are asked."""
-    return Sixth(Encoder(backbone, weights=weights), stages, num_classes)
+    trunk = make_encoder(backbone, num_classes, weights=weights)
+    return Sixth(trunk, stages, num_classes)

@@ -25,15 +25,47 @@ def test_deep_stems_have_exactly_the_published_size(backbone, count):
     assert sum(p.numel() for p in encoder.parameters()) == count
 
 
-@pytest.mark.parametrize("backbone", common.BACKBONES)
-def test_every_backbone_names_its_stages_sizes_and_channels(backbone):
-    """Stage sizes are H/2 .. H/32 rounded up; `channels` tells the truth."""
+@pytest.mark.parametrize("output_stride", [32, 16, 8])
+@pytest.mark.parametrize("backbone", common.backbones())
+def test_every_backbone_names_its_stages_sizes_and_channels(backbone, output_stride):
+    """Stage sizes are H/2 .. H/32 rounded up; `channels` tells the truth.
+
+    At output strides 16 and 8 the shrinking stops there; ShuffleNetV2 has 32 only.
+    """
     with torch.device("meta"):
-        encoder = common.Encoder(backbone).eval()
+        if "shuffle" in backbone and output_stride < 32:
+            with pytest.raises(UserError, match="32 only"):
+                common.make_encoder(backbone, 3, output_stride=output_stride)
+            return
+        encoder = common.make_encoder(backbone, 3, output_stride=output_stride).eval()
         features = encoder(torch.empty(1, 3, 65, 97))
-    for (name, x), stride in zip(features.items(), (2, 4, 8, 16, 32)):
+    assert list(features) == list(encoder.channels)
+    strides = {"stem": 2, "res2": 4, "res3": 8, "res4": 16, "res5a": 32, "res5": 32}
+    for name, x in features.items():
+        stride = min(strides[name], output_stride)
         shape = (1, encoder.channels[name], -(-65 // stride), -(-97 // stride))
         assert x.shape == shape, name
+
+
+def test_a_backbone_that_is_none():
+    """The usual slip is told by the name that was meant, of a paper's encoder, too."""
+    for wrong, meant in (("resnet51", "resnet50"), ("xception56", "xception65")):
+        with pytest.raises(UserError, match=f"did you mean '{meant}'"):
+            common.make_encoder(wrong, 3)
+    with pytest.raises(UserError, match="no ImageNet weights for df2"):
+        common.make_encoder("df2", 3, weights="imagenet")
+    with pytest.raises(UserError, match="output_stride 4"):
+        common.make_encoder("df2", 3, output_stride=4)
+
+
+def test_a_papers_encoder_takes_a_file_of_its_own_names(tmp_path):
+    """--weights FILE: what was trained as df1 here can start another df1."""
+    source = common.make_encoder("df1", 3)
+    torch.save(source.state_dict(), tmp_path / "df1.pt")
+    loaded = common.make_encoder("df1", 3, weights=str(tmp_path / "df1.pt"))
+    assert torch.equal(loaded.res5[0].conv1.weight, source.res5[0].conv1.weight)
+    with pytest.raises(UserError, match="do not fit df2"):
+        common.make_encoder("df2", 3, weights=str(tmp_path / "df1.pt"))
 
 
 def test_weights_are_loaded_or_refused(tmp_path):

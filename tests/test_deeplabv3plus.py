@@ -72,6 +72,71 @@ def test_dilation_keeps_resolution_and_parameters(backbone, stride):
         f"stride {stride} gives another size")
 
 
+def separable(i, o):
+    """Parameters of a separable 3x3 from i to o channels, and of its two norms."""
+    return 9 * i + 2 * i + i * o + 2 * o
+
+
+def xception_unit(i, widths, *, shortcut):
+    count = sum(separable(a, b) for a, b in zip((i, *widths), widths))
+    return count + (i * widths[-1] + 2 * widths[-1] if shortcut else 0)
+
+
+@pytest.mark.parametrize("name, entry", [
+    ("xception65", [(64, 128), (128, 256), (256, 728)]),
+    ("xception71", [(64, 128), (128, 256), (256, 256), (256, 728), (728, 728)])])
+def test_xception_has_the_parameters_of_its_figure(name, entry):
+    """Fig. 4 added up by hand: 37.9 and 40.3 million, at every output stride.
+
+    A shortcut's 1x1 too many, or ReLU's place taken for a norm, shows here.
+    """
+    root = 9 * 3 * 32 + 2 * 32 + 9 * 32 * 64 + 2 * 64
+    units = sum(xception_unit(i, (o, o, o), shortcut=True) for i, o in entry)
+    units += 16 * xception_unit(728, (728, 728, 728), shortcut=False)
+    units += xception_unit(728, (728, 1024, 1024), shortcut=True)
+    units += xception_unit(1024, (1536, 1536, 2048), shortcut=False)
+    assert root + units == {"xception65": 37_867_312, "xception71": 40_289_736}[name]
+    for output_stride in (32, 16, 8):
+        with torch.device("meta"):
+            encoder = common.make_encoder(name, 3, output_stride=output_stride)
+        assert sum(p.numel() for p in encoder.parameters()) == root + units
+
+
+def test_xception_dilates_what_follows_the_stride_that_it_gives_up():
+    """N10: at 16 the last unit alone is dilated, at 8 the middle flow by 2, it by 4.
+
+    The unit that gives up its stride itself still works on the finer grid undilated.
+    """
+    def dilations(output_stride):
+        with torch.device("meta"):
+            encoder = common.make_encoder("xception65", 3, output_stride=output_stride)
+        depthwise = lambda unit: {conv[-2][0].dilation[0] if conv[0].__class__ is
+                                  torch.nn.ReLU else conv[0][0].dilation[0]
+                                  for conv in unit.convs}
+        units = encoder.entry[-1], encoder.middle[0], *encoder.exit
+        return [depthwise(unit) for unit in units]
+    assert dilations(32) == [{1}, {1}, {1}, {1}]
+    assert dilations(16) == [{1}, {1}, {1}, {2}]
+    assert dilations(8) == [{1}, {2}, {2}, {4}]
+
+
+def test_xception_reads_its_relus_where_the_code_has_them():
+    """A ReLU in front of each separable convolution, in the last unit behind halves.
+
+    So res5 has no negative number, and the low-level features, which end with a norm,
+    do.
+    """
+    torch.manual_seed(0)
+    encoder = common.make_encoder("xception65", 3).eval()
+    features = encoder(torch.randn(1, 3, 64, 64))
+    assert features["res5"].min() >= 0, "the last unit ends with a ReLU"
+    assert features["res2"].min() < 0, "no ReLU behind the second convolution"
+    unit = encoder.entry[1]
+    x = torch.randn(1, 128, 16, 16)
+    whole = unit.convs[2](unit.begin(x)) + unit.shortcut(x)
+    assert torch.equal(unit(x), whole), "the shortcut reads x, not its ReLU"
+
+
 def test_dilated_stage_still_sees_the_same_pixels():
     """Dilation replaces stride, with the same weights.
 

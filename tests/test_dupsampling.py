@@ -467,14 +467,18 @@ def test_flops_of_the_upsampling_alone():
     assert round(2 * with_T, 2) == 0.80
 
 
-@pytest.mark.parametrize("backbone", ["xception65", "xception71"])
-def test_shapes_of_xception_are_for_counting_only(backbone):
-    """It has no weights, so on real images it refuses instead of giving nonsense."""
-    with pytest.raises(common.UserError, match="for cost"):
-        common.build_model("dupsampling:no-fusion", 3, backbone=backbone, channels=16)
-    model, image = common.shapes_only("dupsampling:fuse-res4", 3, (65, 97),
-                                      backbone=backbone, channels=16)
-    assert model(image)["out"].shape == (1, 3, 65, 97)
+def test_the_cost_of_the_whole_network_is_that_of_six_scales():
+    """N10: 897.94 of Sec. 4.2, at DeepLabv3+'s scales of 513x513, each mirrored, too.
+
+    A scaled side has 512 * scale + 1 pixels, odd as the crop.
+    """
+    model, _ = common.shapes_only("dupsampling:fuse-res4", 21, (65, 65),
+                                  backbone="xception65", components=128)
+    sides = [int(512 * scale) + 1 for scale in (0.5, 0.75, 1, 1.25, 1.5, 1.75)]
+    images = [torch.empty(1, 3, side, side, device="meta") for side in sides]
+    costs = [common.count_cost(model, image)["total"]["gmacs"] for image in images]
+    assert round(2 * sum(costs), 2) == 897.17
+    assert 2 * sum(costs) == pytest.approx(897.94, rel=1e-3)
 
 
 # --- The picture ---------------------------------------------------------------------

@@ -247,6 +247,12 @@ def test_readme_numbers_are_those_of_the_tables():
                    and line["GMACs"].startswith(gmacs + " ") for line in lines), method
 
 
+def test_readme_lists_every_encoder():
+    """--backbone knows these and no others, torchvision's and the papers' own."""
+    listed = README.partition("Encoders: ")[2].partition("\n\n")[0]
+    assert re.findall(r"`(\w+)`", listed) == common.backbones()
+
+
 def test_readme_loops_over_methods_that_exist():
     loops = re.findall(r"for m in (.*?); do", RESULTS.replace("\\\n", " "))
     assert loops

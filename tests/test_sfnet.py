@@ -644,6 +644,47 @@ def released(backbone="resnet18s", **options):
     return model.double()
 
 
+def basic_block(i, o, stride):
+    """Parameters of a block of ResNet-18: two 3x3, a 1x1 where the shortcut changes."""
+    shortcut = i * o + 2 * o if stride > 1 or i != o else 0
+    return 9 * i * o + 9 * o * o + 4 * o + shortcut
+
+
+@pytest.mark.parametrize("name, total, blocks", [
+    ("df1", 8_020_128, [(64, 3, 2), (128, 3, 2), (256, 3, 2), (512, 1, 1)]),
+    ("df2", 17_474_208, [(64, 2, 2), (128, 1, 1), (128, 10, 2), (256, 1, 1),
+                         (256, 4, 2), (512, 2, 1)])])
+def test_df_networks_have_the_parameters_of_their_blocks(name, total, blocks):
+    """N18: added up by hand: two 3x3 of stride 2, then blocks, without any pooling."""
+    count = 9 * 3 * 32 + 2 * 32 + 9 * 32 * 64 + 2 * 64
+    width = 64
+    for wide, number, stride in blocks:
+        for k in range(number):
+            count += basic_block(width, wide, stride if k == 0 else 1)
+            width = wide
+    assert count == total
+    with torch.device("meta"):
+        encoder = common.make_encoder(name, 3)
+    assert sum(p.numel() for p in encoder.parameters()) == count
+
+
+@pytest.mark.parametrize("name, sizes", [("df1", [(3, 4), (5, 7)]),
+                                         ("df2", [(5, 7), (9, 13)])])
+def test_the_pyramid_on_df_has_three_levels(name, sizes):
+    """N18: 512, 256 and 128 channels; DF1's two coarsest lie on one grid of 1/32."""
+    with torch.device("meta"):
+        model = common.build_model("sfnet", 19, backbone=name)
+        images = torch.empty(2, 3, 65, 97)
+        features = model.encoder(images)
+        widths = [features[stage].shape[1] for stage in model.decoder.stages]
+        assert widths == [256, 128]
+        sums = model.decoder.top_down(model.context(features["res5"]), features)
+    assert [tuple(x.shape[-2:]) for x in sums] == sizes
+    parts = common.count_cost(model, images)
+    params = parts["total"]["params"] - parts["aux_heads"]["params"]
+    assert params == pytest.approx({"df1": 9.242, "df2": 18.696}[name], abs=6e-4)
+
+
 @pytest.mark.parametrize("backbone, dilated, size", [
     ("resnet18s", True, (65, 97)), ("resnet18s", False, (96, 64)),
     pytest.param("resnet50s", True, (64, 64), marks=pytest.mark.thorough)])

@@ -305,3 +305,18 @@ def test_illegal_label_stops_before_the_first_step(tmp_path, capsys):
     assert len(said) == 1, "one sentence, besides the warnings of few images"
     assert said[0].startswith(f"error: {bad}: illegal label values 77")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("backbone", ["df1", "df2", "xception65", "xception71",
+                                      "resnet34", "shufflenet_v2_x0_5"])
+@pytest.mark.parametrize("method", methods())
+@pytest.mark.thorough
+def test_each_method_trains_on_each_encoder(method, backbone, tmp_path):
+    """--backbone of any paper with any method: 20 steps, and the loss goes down."""
+    if "shuffle" in backbone and method in ("deeplabv3plus", "dupsampling"):
+        pytest.skip("ShuffleNetV2 has output stride 32 only")
+    launch("--method", method, "--backbone", backbone, "--iterations", 20, "--batch", 4,
+           "--crop", 64, 96, "--warmup", 2, "--workers", 0, "--log-every", 1, "--lr",
+           0.01, "--eval-every", 20, "--out", tmp_path)
+    losses = [float(row["loss"]) for row in rows_of(tmp_path) if row["loss"]]
+    assert sum(losses[-5:]) < sum(losses[:5]), losses
