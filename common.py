@@ -1029,6 +1029,9 @@ def checkpoint_file(path: str | Path) -> Path:
     """A run folder stands for its last.pt; best.pt is to be named."""
     path = Path(path)
     path = path / "last.pt" if path.is_dir() else path
+    if path.suffix in (".pt2", ".onnx"):
+        raise UserError(f"{path} is an exported network, which only `evaluate.py "
+                        f"predict` reads (.pt2); give a run or a .pt file of it")
     if not path.is_file():
         raise Damaged(f"no checkpoint {path}; give a run folder or a .pt file of it")
     return path

@@ -548,7 +548,7 @@ class DUpsamplingDecoder(nn.Module):
         r = self.dupsample.ratio
         lo, hi = rows or (0, size[0])
         first = lo // r  # of the rows of windows
-        end = math.ceil(hi / r)
+        end = (hi + r - 1) // r  # rounded up, in whole numbers: hi may be a symbol
         drawn = self.dupsample(coarse[:, :, first:end])
         return drawn[..., lo - first * r:hi - first * r, :size[1]]
 

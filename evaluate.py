@@ -4,6 +4,8 @@
     python evaluate.py score RUN --scales 0.5 0.75 1.0 1.25 1.5 1.75 --flip --bands
     python evaluate.py predict RUN photo.jpg --out predictions
     python evaluate.py explain RUN --out explain.png
+    python evaluate.py export RUN --out model.pt2     or model.onnx, for other programs
+    python evaluate.py predict model.pt2 photo.jpg --out predictions
     python evaluate.py cost                       ours beside the published numbers
     python evaluate.py table runs/*               one line per configuration
     python evaluate.py compare runs/a runs/b      on the same images, with intervals
@@ -23,14 +25,18 @@ from __future__ import annotations
 
 import argparse
 import ast
+import copy
 import csv
 import hashlib
+import importlib.util
 import json
 import math
+import os
 import re
 import subprocess
 import sys
 import time
+import zipfile
 from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -45,7 +51,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import resize
 
 import data
-from common import (ABOVE_ZERO, IGNORE_INDEX, LABELS, ConfusionMatrix, Parser,
+from common import (ABOVE_ZERO, IGNORE_INDEX, LABELS, ConfusionMatrix, Damaged, Parser,
                     UserError, autocast, backbones, build_model, checkpoint_file,
                     class_patches, count_cost, join_processes, label_colours,
                     load_checkpoint, load_method, make_folder, methods, number,
@@ -662,9 +668,11 @@ def photo_model(path: str, device="cpu"):
 def command_predict(args) -> None:
     """Index PNG, colour PNG and overlay with legend for any pictures or folders.
 
-    Method, classes, palette and normalisation come from the checkpoint.
+    Method, classes, palette and normalisation come from the checkpoint, or from the
+    file of `export`.
     """
-    checkpoint, model, normalise = photo_model(args.checkpoint, usable(args.device))
+    load = load_exported if Path(args.checkpoint).suffix == ".pt2" else photo_model
+    checkpoint, model, normalise = load(args.checkpoint, usable(args.device))
     protocol = protocol_of(args)
 
     @torch.inference_mode()
@@ -775,6 +783,222 @@ def command_explain(args) -> None:
     except ValueError as error:  # matplotlib knows no format with that ending
         raise UserError(f"--out {args.out}: {error}") from None
     print(f"{checkpoint['method']} explains itself in {args.out}")
+
+
+# --- export --------------------------------------------------------------------------
+
+TRACED = 2, 97, 161  # batch, H, W while operations are recorded: of no special size
+CHECKED = (1, 65, 97), (3, 160, 96)  # what the written file is tried with
+TOLERANCE = 1e-3  # of the largest logit
+ABOUT = "about.json"  # what else is in the file, under this name
+ONNX = "onnx", "onnxscript", "onnxruntime"  # packages that .onnx takes, .pt2 none
+
+
+class Logits(nn.Module):
+    """A model as a function from one tensor to one: images to logits (B, K, H, W)."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images)["out"]
+
+
+class Exported(nn.Module):
+    """A network out of a .pt2 file, as far as `predict` needs a model.
+
+    It has neither parts nor `decode`: a large image takes the memory of its logits.
+    """
+
+    def __init__(self, network: nn.Module, num_classes: int):
+        super().__init__()
+        self.network = network
+        self.num_classes = num_classes
+
+    def forward(self, images: Tensor) -> dict:
+        return {"out": self.network(images), "aux": []}
+
+
+class PoolByProducts(nn.Module):
+    """What nn.AdaptiveAvgPool2d computes, as two products with matrices of shares.
+
+    ONNX has no such pooling for sizes that are not known before. x (B, C, h, w) ->
+    (B, C, *cells).
+    """
+
+    def __init__(self, cells: int | tuple[int, int]):
+        super().__init__()
+        self.cells = cells if isinstance(cells, tuple) else (cells, cells)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, w = x.shape[-2:]
+        rows = cell_shares(h, self.cells[0]).to(x)  # (cells, h)
+        columns = cell_shares(w, self.cells[1]).to(x)  # (cells, w)
+        return rows @ x @ columns.T
+
+
+def cell_shares(size: int, cells: int) -> Tensor:
+    """(cells, size): row i averages the positions that cell i touches.
+
+    Those are floor(i size / cells) up to, but without, ceil((i + 1) size / cells).
+    """
+    cell = torch.arange(cells)[:, None]
+    position = torch.arange(size)
+    first = cell * size // cells
+    end = ((cell + 1) * size + cells - 1) // cells
+    inside = ((position >= first) & (position < end)).float()
+    return inside / inside.sum(1, keepdim=True)
+
+
+def pool_by_products(network: nn.Module) -> nn.Module:
+    """A copy of it with PoolByProducts in place of each pooling to several cells."""
+    network = copy.deepcopy(network)
+    for layer in list(network.modules()):
+        for name, child in layer.named_children():
+            if isinstance(child, nn.AdaptiveAvgPool2d) and child.output_size != 1:
+                setattr(layer, name, PoolByProducts(child.output_size))
+    return network
+
+
+def traced(network: Logits) -> torch.export.ExportedProgram:
+    """The operations of the network, recorded once, for any batch and any size from 32.
+    """
+    config = torch.fx.experimental._config
+    if not hasattr(config, "backed_size_oblivious"):
+        raise UserError(f"export needs a newer torch than {torch.__version__}; it was "
+                        f"run with 2.14")
+    any_size = torch.export.Dim.AUTO
+    shapes = {0: any_size, 2: any_size(min=32), 3: any_size(min=32)}
+    B, H, W = TRACED
+    # Without this setting a batch or a map of one would be refused: torch takes sizes
+    # of 1 for a case of their own, since they broadcast.
+    with config.patch(backed_size_oblivious=True):
+        return torch.export.export(network, (torch.zeros(B, 3, H, W),),
+                                   dynamic_shapes={"images": shapes})
+
+
+def write_pt2(network: Logits, about: str, path: Path) -> None:
+    torch.export.save(traced(network), path, extra_files={ABOUT: about})
+
+
+def read_pt2(path: Path):
+    """The written network as a function from images to logits."""
+    return torch.export.load(path).module()
+
+
+def write_onnx(network: Logits, about: str, path: Path) -> None:
+    written = torch.onnx.export(
+        traced(pool_by_products(network)), dynamo=True, verbose=False,
+        input_names=["images"], output_names=["logits"])
+    images, = written.model.graph.inputs
+    logits, = written.model.graph.outputs
+    B, _, H, W = images.shape
+    logits.shape = type(images.shape)([B, logits.shape[1], H, W])  # not as a formula
+    written.model.metadata_props[ABOUT] = about
+    written.save(path, external_data=False)
+
+
+def read_onnx(path: Path):
+    """The written network as a function from images to logits, by onnxruntime."""
+    import onnxruntime
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(
+        session.run(["logits"], {"images": images.numpy()})[0])
+
+
+FORMATS = {".pt2": (write_pt2, read_pt2), ".onnx": (write_onnx, read_onnx)}
+
+
+def about_export(checkpoint: dict) -> dict:
+    """What a program that has only the file must know of it."""
+    about = {name: checkpoint[name] for name in (
+        "method", "options", "backbone", "dataset", "iteration", "classes", "palette",
+        "mean", "std")}
+    return about | {
+        "commit": checkpoint["environment"].get("commit", ""),
+        "input": "images (B, 3, H, W), H and W from 32 on: RGB in 0..1, less mean, "
+                 "divided by std",
+        "output": "logits (B, classes, H, W)"}
+
+
+def largest_difference(network, reloaded) -> float:
+    """Between the logits of both, as a share of the largest logit, over CHECKED."""
+    worst = 0.0
+    for B, H, W in CHECKED:
+        images = torch.randn(B, 3, H, W, generator=torch.Generator().manual_seed(0))
+        wanted = network(images)
+        worst = max(worst, ((reloaded(images) - wanted).abs().max()
+                            / wanted.abs().max()).item())
+    return worst
+
+
+@torch.no_grad()
+def command_export(args) -> None:
+    """The trained network as one file that needs no line of this library to run.
+
+    The file is read again, compared with the checkpoint at sizes at which it was not
+    recorded, and only then gets its name.
+    """
+    out = Path(args.out)
+    if out.suffix not in FORMATS:
+        raise UserError(f"--out {out}: must end in {' or '.join(FORMATS)}")
+    lacking = [name for name in ONNX if not importlib.util.find_spec(name)]
+    if out.suffix == ".onnx" and lacking:
+        raise UserError(f"--out {out}: {', '.join(lacking)} not installed; pip install "
+                        f"{' '.join(ONNX)}, or give a name with .pt2, which needs none")
+    checkpoint, model, _ = photo_model(args.checkpoint)
+    for tensor in model.parameters():
+        # channels_last, as `restore` has it, is a layout that a batch of one lacks.
+        tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
+    network = Logits(model).eval()
+    about = json.dumps(about_export(checkpoint), indent=1)
+    temporary = make_folder(out.parent) / f"{out.stem}.tmp{out.suffix}"
+    write, read = FORMATS[out.suffix]
+    try:
+        write(network, about, temporary)
+        difference = largest_difference(network, read(temporary))
+        if not difference <= TOLERANCE:  # NaN is none, either
+            raise UserError(f"the exported network differs from the checkpoint by "
+                            f"{difference:.1e} of the largest logit, more than "
+                            f"{TOLERANCE:g}; nothing was kept", code=1)
+        os.replace(temporary, out)
+    except (OSError, UserError):
+        raise
+    except Exception as error:  # torch and onnx have kinds of their own for each step
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{checkpoint['method']} could not be exported ({said:.300}); "
+                        f"nothing was kept, --debug shows more", code=1) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    sizes = " and ".join("{}x{}x{}".format(*size) for size in CHECKED)
+    print(f"{out}: {checkpoint['method']}, iteration {checkpoint['iteration']}; images "
+          f"(B, 3, H, W) to logits (B, {len(checkpoint['classes'])}, H, W), any size "
+          f"from 32 on; at {sizes} within {difference:.1e} of the largest logit")
+
+
+def load_exported(path: str, device="cpu"):
+    """The three things that `photo_model` gives, of a .pt2 file.
+
+    No module of a method is asked: what the network does stands in the file.
+    """
+    if not Path(path).is_file():
+        raise Damaged(f"no exported network {path}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            name, = [n for n in archive.namelist() if n.endswith(f"/{ABOUT}")]
+            about = json.loads(archive.read(name)) | {"data_root": None}
+            if archive.testzip():
+                raise ValueError("what is in it does not fit its checksums")
+        normalise = data.normaliser(about["mean"], about["std"])
+        program = torch.export.load(path)
+    except Exception as error:  # of a damaged file, torch raises a dozen kinds
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise Damaged(f"{path} is damaged, or not a file of evaluate.py export "
+                      f"({said:.200})") from None
+    if torch.device(device).type != "cpu":
+        program = torch.export.passes.move_to_device_pass(program, device)
+    return about, Exported(program.module(), len(about["classes"])), normalise
 
 
 # --- cost ----------------------------------------------------------------------------
@@ -1556,7 +1780,7 @@ def score_options(score: argparse.ArgumentParser) -> None:
 
 
 def predict_options(shown: argparse.ArgumentParser) -> None:
-    shown.add_argument("checkpoint", metavar="RUN")
+    shown.add_argument("checkpoint", metavar="RUN", help="or a .pt2 file of export")
     shown.add_argument("images", nargs="*", help="pictures, or folders of them")
     shown.add_argument("--out", required=True, metavar="DIR")
     shown.add_argument("--submission", action="store_true",
@@ -1570,7 +1794,8 @@ def parse(argv=None):
     parser = Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     commands = parser.add_subparsers(
-        required=True, metavar="score|predict|explain|cost|table|compare|speed")
+        required=True,
+        metavar="score|predict|explain|export|cost|table|compare|speed")
     common = argparse.ArgumentParser(add_help=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     common.add_argument("--device", default=device, help=f"default {device}")
@@ -1589,6 +1814,12 @@ def parse(argv=None):
     explain.add_argument("--index", type=int, default=0, help="which of them (0)")
     explain.add_argument("--out", default="explain.png", metavar="FILE")
     explain.set_defaults(command=command_explain)
+
+    export = commands.add_parser("export", help=command_export.__doc__.split("\n")[0])
+    export.add_argument("checkpoint", metavar="RUN")
+    export.add_argument("--out", required=True, metavar="FILE",
+                        help="model.pt2 of torch.export, or model.onnx")
+    export.set_defaults(command=command_export)
 
     cost = commands.add_parser("cost", help="parameters and GMACs beside the papers'")
     cost.add_argument("methods", nargs="*", metavar="METHOD",
