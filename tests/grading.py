@@ -263,6 +263,9 @@ def attempt(task: Task, text: str, file: str, seed: int, pipe) -> None:
 def ask(task: Task, folder: Path, seed: int, limit: float) -> dict[str, object]:
     """What the claims give on the student's file; those that got nowhere say why."""
     file = folder / f"{task.module}.py"
+    if not file.exists():
+        missing = {"raised": "", "said": f"{file.name} is missing", "line": ""}
+        return dict.fromkeys(claims_of(task), missing)
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
