@@ -186,6 +186,8 @@ def hollow(text: str, module: str, tasks: list[Task]) -> str:
 
 # --- The copy ------------------------------------------------------------------------
 
+# The copy's own, so that pytest does not find the library's above it.
+PYTEST_INI = "[pytest]\ntestpaths = tests\n"
 # A task that is not written yet skips a test, in the set-up, too.
 SKIP = '''
 
@@ -244,6 +246,7 @@ def hand_out(names: list[str], folder: Path) -> list[Task]:
             shutil.copy(file, folder / "tests" / file.name)
     with open(folder / "tests/conftest.py", "a", encoding="utf-8") as conftest:
         conftest.write(SKIP)
+    (folder / ".pytest.ini").write_text(PYTEST_INI, encoding="utf-8")
     (folder / "TASKS.md").write_text(sheet(tasks), encoding="utf-8")
     return tasks
 
