@@ -275,9 +275,9 @@ python -m pytest -rs tests/{tests}
 
 The second line sends an image through the network and prints the shapes; it ends with
 the name of a task that it needs and that is open. The third runs tests. What needs an
-open task is skipped, and `-rs` says for which it waits. Tests that would show a
-solution, such as `tests/test_{module}.py`, are not in this copy. To check one function
-alone:
+open task is skipped, and `-rs` says for which it waits. `README.md` describes the whole
+library: its pictures, and tests that would show a solution, such as
+`tests/test_{module}.py`, are not in this copy. To check one function alone:
 
 ```python
 import torch, {module}
