@@ -23,7 +23,7 @@ import shlex
 import shutil
 import sys
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -227,6 +227,9 @@ def given_away(tasks: list[Task]) -> set[str]:
 def hand_out(names: list[str], folder: Path) -> list[Task]:
     """Write the copy into `folder`, which must be new; the tasks that are in it."""
     tasks = choose(names)
+    open_ones = {str(task) for task in tasks}
+    tasks = [replace(task, needs=tuple(need for need in task.needs
+                                       if need in open_ones)) for task in tasks]
     if folder.exists() and any(folder.iterdir()):
         sys.exit(f"{folder} is not empty: choose another --out")
     (folder / "tests").mkdir(parents=True)
