@@ -425,7 +425,8 @@ def main(folder: str, names: list[str], seed: int, report: str | None) -> int:
                 print(f"{'':12}{line}")
     score = sum(result["score"] for result in results)
     total = sum(result["max_score"] for result in results)
-    print(f"{score:>3} of {total} points, {len(results)} tasks, seed {seed}")
+    tasks = "1 task" if len(results) == 1 else f"{len(results)} tasks"
+    print(f"{score:>3} of {total} points, {tasks}, seed {seed}")
     if report:
         gradescope = {"score": score, "tests": results,
                       "execution_time": round(time.monotonic() - start)}
