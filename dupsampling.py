@@ -396,8 +396,8 @@ def compress(labels: Tensor, W: Tensor, mean: Tensor, *, num_classes: int,
     """Eq. (2): x = P v, labels (B, H, W) -> Y~ (B, E, h, w), with P = W^T.
 
     An ignored pixel is 0 in v, so it is -mean once v is centred. Eq. (3) asks for the
-    best P as well. The columns of W are orthonormal, and then no
-    other P comes closer to v than the projection W^T.
+    best P as well. The columns of W are orthonormal, and then no other P comes closer
+    to v than the projection W^T.
     """
     B, height, width = labels.shape
     N, E = W.shape

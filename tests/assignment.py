@@ -23,7 +23,7 @@ import shlex
 import shutil
 import sys
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -186,6 +186,8 @@ def hollow(text: str, module: str, tasks: list[Task]) -> str:
 
 # --- The copy ------------------------------------------------------------------------
 
+# The copy's own, so that pytest does not find the library's above it.
+PYTEST_INI = "[pytest]\ntestpaths = tests\n"
 # A task that is not written yet skips a test, in the set-up, too.
 SKIP = '''
 
@@ -225,6 +227,9 @@ def given_away(tasks: list[Task]) -> set[str]:
 def hand_out(names: list[str], folder: Path) -> list[Task]:
     """Write the copy into `folder`, which must be new; the tasks that are in it."""
     tasks = choose(names)
+    open_ones = {str(task) for task in tasks}
+    tasks = [replace(task, needs=tuple(need for need in task.needs
+                                       if need in open_ones)) for task in tasks]
     if folder.exists() and any(folder.iterdir()):
         sys.exit(f"{folder} is not empty: choose another --out")
     (folder / "tests").mkdir(parents=True)
@@ -244,6 +249,7 @@ def hand_out(names: list[str], folder: Path) -> list[Task]:
             shutil.copy(file, folder / "tests" / file.name)
     with open(folder / "tests/conftest.py", "a", encoding="utf-8") as conftest:
         conftest.write(SKIP)
+    (folder / ".pytest.ini").write_text(PYTEST_INI, encoding="utf-8")
     (folder / "TASKS.md").write_text(sheet(tasks), encoding="utf-8")
     return tasks
 
@@ -272,9 +278,9 @@ python -m pytest -rs tests/{tests}
 
 The second line sends an image through the network and prints the shapes; it ends with
 the name of a task that it needs and that is open. The third runs tests. What needs an
-open task is skipped, and `-rs` says for which it waits. Tests that would show a
-solution, such as `tests/test_{module}.py`, are not in this copy. To check one function
-alone:
+open task is skipped, and `-rs` says for which it waits. `README.md` describes the whole
+library: its pictures, and tests that would show a solution, such as
+`tests/test_{module}.py`, are not in this copy. To check one function alone:
 
 ```python
 import torch, {module}

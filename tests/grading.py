@@ -263,6 +263,9 @@ def attempt(task: Task, text: str, file: str, seed: int, pipe) -> None:
 def ask(task: Task, folder: Path, seed: int, limit: float) -> dict[str, object]:
     """What the claims give on the student's file; those that got nowhere say why."""
     file = folder / f"{task.module}.py"
+    if not file.exists():
+        missing = {"raised": "", "said": f"{file.name} is missing", "line": ""}
+        return dict.fromkeys(claims_of(task), missing)
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -422,7 +425,8 @@ def main(folder: str, names: list[str], seed: int, report: str | None) -> int:
                 print(f"{'':12}{line}")
     score = sum(result["score"] for result in results)
     total = sum(result["max_score"] for result in results)
-    print(f"{score:>3} of {total} points, {len(results)} tasks, seed {seed}")
+    tasks = "1 task" if len(results) == 1 else f"{len(results)} tasks"
+    print(f"{score:>3} of {total} points, {tasks}, seed {seed}")
     if report:
         gradescope = {"score": score, "tests": results,
                       "execution_time": round(time.monotonic() - start)}

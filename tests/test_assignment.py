@@ -4,6 +4,7 @@ import inspect
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -26,8 +27,9 @@ QUESTIONS = sorted(path for path in TESTS.glob("questions/*.md")
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory):
-    """An untouched hand-out."""
+    """An untouched hand-out, below pytest's configuration as it is in the library."""
     folder = tmp_path_factory.mktemp("hand-out") / "student"
+    shutil.copy(ROOT / ".pytest.ini", folder.parent)
     assignment.hand_out(NAMES, folder)
     return folder
 
@@ -139,7 +141,8 @@ def test_a_hand_out_has_no_solution_and_no_literal_twin(student):
     there = {path.relative_to(student).as_posix() for path in student.rglob("*")}
     assert not there & {".git", "tests/tasks", "tests/grading.py", "tests/questions",
                         "tests/assignment.py", "results/samples.png"}
-    assert {"README.md", "TASKS.md", "data.py", "tests/conftest.py"} <= there
+    assert {"README.md", "TASKS.md", "data.py", ".pytest.ini",
+            "tests/conftest.py"} <= there
 
 
 def test_a_hand_out_runs_but_for_its_tasks(student):
@@ -170,6 +173,7 @@ def test_a_hand_out_says_how_to_work(student):
     for module, call in assignment.EXAMPLES.items():
         eval(call, {"torch": torch, module: importlib.import_module(module)})
     tasks = (student / "TASKS.md").read_text()
+    assert "sfnet.sample" not in tasks  # sfnet.warp is easier after it, but it is given
     assert "python deeplabv3plus.py" in tasks and "`deeplabv3plus.explain`" in tasks
     for name in ("README.md", "results/README.md"):
         page = (student / name).read_text()
@@ -264,6 +268,9 @@ def test_what_a_solution_does_to_its_process_costs_itself_only(tmp_path):
     assert "RecursionError" in said["nrd.to_cells"]
     assert "PermissionError: open: not while" in said["nrd.represent"]
     assert "PermissionError: socket." in said["nrd.NRDDecoder.fit"]
+    (folder / "nrd.py").unlink()  # a sentence that does not show where we keep it
+    (gone,) = grading.grade(folder, choose(["nrd.to_cells"]))
+    assert (gone["score"], gone["output"]) == (0, "nrd.py is missing")
 
 
 @pytest.mark.parametrize("text, said", [
