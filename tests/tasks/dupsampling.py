@@ -183,7 +183,7 @@ class compress:
         """
         return compress.compressed(dupsampling, 5, 7, void=0.2, mean=torch.rand(12))
 
-    UNSHUFFLE = "F.pixel_unshuffle(one_hot(padded, num_classes), ratio)"
+    UNSHUFFLE = "F.pixel_unshuffle(pixels, ratio)"
     mistakes = [
         Mistake("v is not centred: the mean has to come off before W^T (note N2)",
                 {"v - mean[:, None, None]": "v"}, loses="centred border"),

@@ -31,21 +31,21 @@ class to_grid:
                 "4": efficientfcn.to_grid(x, 4, (12, 15))}
 
     BORDER = "repeat_border(x, max(q - x.shape[-2], 0), max(r - x.shape[-1], 0))"
-    MODE = 'mode="bilinear",\n                      align_corners=True'
+    SIZE = "(max(step * (h - 1) + 1, 2), max(step * (w - 1) + 1, 2))"
+    MODE = 'mode="bilinear", align_corners=True'
     mistakes = [
         Mistake("align_corners=False: position i belongs on position 4 i, and not half "
                 "a cell further (note N7)",
                 {"align_corners=True": "align_corners=False"}, loses="up beyond"),
         Mistake("enlarged by the whole factor and cut: a shift of half a cell, for "
                 "position i belongs on position 4 i (note N7)",
-                {f"(step * (h - 1) + 1, step * (w - 1) + 1), {MODE}":
-                 'scale_factor=step, mode="bilinear"'}, loses="up beyond"),
+                {SIZE: "None, step", "align_corners=True": "align_corners=False"},
+                loses="up beyond"),
         Mistake("nearest neighbours: the new rows lie between two known ones",
                 {MODE: 'mode="nearest"'}, loses="up beyond"),
         Mistake("the map is stretched to the size: h rows have h - 1 gaps, so they "
                 "become 4 (h - 1) + 1 rows, and the last one is repeated",
-                {"(step * (h - 1) + 1, step * (w - 1) + 1)": "(q, r)"},
-                loses="beyond"),
+                {SIZE: "(q, r)"}, loses="beyond"),
         Mistake("beyond the last row there are zeros: repeat it",
                 {BORDER: "F.pad(x, (0, max(r - x.shape[-1], 0), 0, "
                          "max(q - x.shape[-2], 0)))"}, loses="beyond"),
@@ -122,13 +122,13 @@ class codebook:
     mistakes = [
         Mistake("a mean over the places: Eq. (2) is a sum, since the weights add up to "
                 "1 already",
-                {"return places @ shares": "return places @ shares / (h * w)"},
+                {"return torch.bmm(places, shares)": "return places @ shares / (h * w)"},
                 loses="values gradients"),
         Mistake("the codewords are transposed: (B, D, n), one a column",
-                {"return places @ shares": "return (places @ shares).mT"},
+                {"return torch.bmm(places, shares)": "return (places @ shares).mT"},
                 loses="shape values gradients"),
         Mistake("reshaped where a transpose is needed: (B, n, D) to (B, D, n)",
-                {"return places @ shares":
+                {"return torch.bmm(places, shares)":
                  "return (places @ shares).mT.reshape(B, -1, n)"},
                 loses="values gradients"),
         Mistake("a second softmax: the weights come from Eq. (1) and have had theirs",
@@ -160,7 +160,7 @@ class assemble:
         return dict(zip(("weights", "codewords"), gradients(
             efficientfcn.assemble, *assemble.inputs())))
 
-    PRODUCT = "codewords @ weights.flatten(2)"
+    PRODUCT = "torch.bmm(codewords, weights.flatten(2))"
     mistakes = [
         Mistake("a softmax over the codewords: Eq. (3) takes the weights as they are",
                 {PRODUCT: f"{PRODUCT}.softmax(1)"}, loses="values gradients"),
@@ -251,7 +251,7 @@ class HolisticallyGuidedDecoder_steps:
                 "alone (note N6)",
                 {'"guidance": G,': '"guidance": G_bar,'}, loses="guidance"),
         Mistake("the weighting maps have had no softmax, Eq. (1)",
-                {"spatial_softmax(maps.float())": "maps.float()"},
+                {"spatial_softmax(widened(maps))": "widened(maps)"},
                 loses="codewords assembled"),
         Mistake("`maps` has had no softmax: it is A~ of Eq. (1)",
                 {'"maps": maps,': '"maps": self.weighting(m32),'}, loses="codewords"),
@@ -301,12 +301,12 @@ class HolisticallyGuidedDecoder_forward:
         result = decoder(context, features)
         return len(result), result[1]
 
-    PAIR = '[step["assembled"], step["guidance"]]'
+    PAIR = '[assembled, step["guidance"]]'
     mistakes = [
         Mistake("G stands before f~8: f^8 is [f~8; G]",
-                {PAIR: '[step["guidance"], step["assembled"]]'}, loses="logits"),
+                {PAIR: '[step["guidance"], assembled]'}, loses="logits"),
         Mistake("f^8 is without G: classes come from f~8, edges from G (note N6)",
-                {PAIR: '[step["assembled"], step["assembled"]]'}, loses="logits"),
+                {PAIR: '[assembled, assembled]'}, loses="logits"),
         Mistake("conv_up is left out (Fig. 2)",
                 {"self.conv_up(f8)": "f8"}, loses="logits"),
         Mistake("None in the place of the auxiliary maps: it is an empty list",

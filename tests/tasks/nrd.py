@@ -140,7 +140,8 @@ class to_cells:
                  "x.permute(0, 2, 4, 1, 3, 5)": "x.permute(0, 3, 5, 1, 2, 4)"},
                 loses="values"),
         Mistake("the channels are mixed: those of F.unfold are I blocks of s*s numbers",
-                {"x.reshape(B * h * w, I, s * s)": "x.reshape(B * h * w, s * s, I).mT"},
+                {"in_order(x).view(B * h * w, I, s * s)":
+                 "x.reshape(B * h * w, s * s, I).mT"},
                 loses="values"),
         Mistake("the images alternate: all cells of the first image come first",
                 {"x.permute(0, 2, 4, 1, 3, 5)": "x.permute(2, 4, 0, 1, 3, 5)"},
@@ -213,7 +214,7 @@ class represent:
         Mistake("there is no ReLU between the layers: so g is linear",
                 {"depth < len(layers) - 1": "False"}, loses="values gradients"),
         Mistake("the biases are not added",
-                {"torch.baddbmm(bias, weight, x)": "weight @ x"},
+                {"torch.bmm(weight, x).add_(bias)": "weight @ x"},
                 loses="values gradients one_layer"),
         Mistake("cells get the theta of others: theta's locations are taken column by "
                 "column, the cells row by row",
@@ -221,16 +222,16 @@ class represent:
                 loses="values gradients one_layer"),
         Mistake("theta is reshaped without bringing its channels to the end: a cell's "
                 "P numbers are mixed with those of others",
-                {"theta.permute(0, 2, 3, 1).reshape(N, P)": "theta.reshape(N, P)"},
+                {"in_order(theta.permute(0, 2, 3, 1)).view(N, P)": "theta.reshape(N, P)"},
                 loses="values gradients one_layer"),
         Mistake("theta gets no gradient: is there a .detach(), .data or .item()?",
-                {"theta = theta.permute": "theta = theta.detach().permute"},
+                {"(theta.permute": "(theta.detach().permute"},
                 loses="gradients"),
         Mistake("the inputs of g go through a ReLU: it stands between the layers only",
                 {"to_cells(inputs, s)": "to_cells(inputs, s).relu()"},
                 loses="values gradients one_layer"),
         Mistake("a sigmoid between the layers: it is a ReLU",
-                {"x.relu()": "x.sigmoid()"}, loses="values gradients"),
+                {"x.relu_()": "x.sigmoid()"}, loses="values gradients"),
     ]
 
 

@@ -258,7 +258,7 @@ class FAM_forward:
     mistakes = [
         Mistake("the reduced map is warped: it only serves to predict the flow; what "
                 "is warped is the coarse map itself (Fig. 3 (a))",
-                {"warp(coarse.float()": "warp(self.reduce_coarse(coarse).float()"},
+                {"warp(widened(coarse)": "warp(self.reduce_coarse(coarse)"},
                 loses="values zero_flow options"),
         Mistake("the maps are concatenated the wrong way round: coarse first, Eq. (1)",
                 {"predict_flow(coarse_code, fine_code":
@@ -268,10 +268,10 @@ class FAM_forward:
                  "self.reduce_coarse(coarse)": "self.reduce_fine(coarse)"},
                 loses="values options"),
         Mistake("the enlarged map is warped: interpolated twice, it is blurred",
-                {"warp(coarse.float()": "warp(enlarge(coarse, (q, r)).float()"},
+                {"warp(widened(coarse)": "warp(enlarge(coarse, (q, r))"},
                 loses="values options"),
         Mistake("the unit of the flow is not looked at (note N2, in_pixels)",
-                {"in_pixels(flow.float(), self.flow_unit)": "flow.float()"},
+                {"in_pixels(widened(flow), self.flow_unit)": "widened(flow)"},
                 loses="options"),
         Mistake("self.up is not called: it may be a deconvolution (Table 2 (a))",
                 {"self.up(self.reduce": "enlarge(self.reduce"}, loses="options"),
@@ -282,7 +282,7 @@ class FAM_forward:
         Mistake("self.match is not handed to predict_flow (Table 2 (c))",
                 {"match=self.match": "match=concatenate"}, loses="options"),
         Mistake("the fine map is added here, too: the pyramid does that",
-                {"return warp(": "return fine + warp("},
+                {"aligned = warp(": "aligned = fine + warp("},
                 loses="values zero_flow options"),
     ]
 
