@@ -22,9 +22,9 @@ def trained(tmp_path_factory):
         patch.setattr("torchvision.models.get_model", thin_resnet)
         patch.setattr("data.Streets.sizes", {"train": 2, "val": 1})
         train.train(train.parse(
-            ["--method", "nrd:bilinear", "--batch", "2", "--crop", "64", "96", "--set", "channels=16",
-             "--iterations", "1", "--warmup", "0", "--workers", "0", "--eval-every",
-             "1", "--out", str(folder)]))
+            ["--method", "nrd:bilinear", "--batch", "2", "--crop", "64", "96", "--set",
+             "channels=16", "--iterations", "1", "--warmup", "0", "--workers", "0",
+             "--eval-every", "1", "--out", str(folder)]))
     return folder
 
 
@@ -163,7 +163,8 @@ def test_what_is_not_right_is_not_kept(trained, tmp_path, monkeypatch, capsys):
     wrong = lambda path: lambda images: torch.zeros(len(images), 11, *images.shape[2:])
     monkeypatch.setitem(evaluate.FORMATS, ".pt2", (write, wrong))
     said = ends(capsys, 1, "export", trained, "--out", out)
-    assert "differs from the checkpoint by 1.0e+00" in said and "nothing was kept" in said
+    assert "differs from the checkpoint by 1.0e+00" in said
+    assert "nothing was kept" in said
 
     def refuses(path):
         def network(images):

@@ -317,6 +317,6 @@ def test_each_method_trains_on_each_encoder(method, backbone, tmp_path):
         pytest.skip("ShuffleNetV2 has output stride 32 only")
     launch("--method", method, "--backbone", backbone, "--iterations", 20, "--batch", 4,
            "--crop", 64, 96, "--warmup", 2, "--workers", 0, "--log-every", 1, "--lr",
-           0.01, "--eval-every", 20, "--out", tmp_path)
+           0.003, "--eval-every", 20, "--out", tmp_path)
     losses = [float(row["loss"]) for row in rows_of(tmp_path) if row["loss"]]
     assert sum(losses[-5:]) < sum(losses[:5]), losses

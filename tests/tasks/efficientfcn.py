@@ -30,7 +30,7 @@ class to_grid:
         return {"2": efficientfcn.to_grid(x, 2, (6, 8)),
                 "4": efficientfcn.to_grid(x, 4, (12, 15))}
 
-    BORDER = "repeat_border(x, max(q - x.shape[-2], 0), max(r - x.shape[-1], 0))"
+    BORDER = "repeat_border(x, step - 1, step - 1)"
     SIZE = "(max(step * (h - 1) + 1, 2), max(step * (w - 1) + 1, 2))"
     MODE = 'mode="bilinear", align_corners=True'
     mistakes = [
@@ -47,8 +47,7 @@ class to_grid:
                 "become 4 (h - 1) + 1 rows, and the last one is repeated",
                 {SIZE: "(q, r)"}, loses="beyond"),
         Mistake("beyond the last row there are zeros: repeat it",
-                {BORDER: "F.pad(x, (0, max(r - x.shape[-1], 0), 0, "
-                         "max(q - x.shape[-2], 0)))"}, loses="beyond"),
+                {BORDER: "F.pad(x, (0, step - 1, 0, step - 1))"}, loses="beyond"),
         Mistake("downwards, neighbours are averaged: that moves the map by half a "
                 "position; a coarse position lies on a fine one",
                 {"x[..., ::step, ::step]": "F.avg_pool2d(x, step, ceil_mode=True)"},
@@ -122,7 +121,7 @@ class codebook:
     mistakes = [
         Mistake("a mean over the places: Eq. (2) is a sum, since the weights add up to "
                 "1 already",
-                {"return torch.bmm(places, shares)": "return places @ shares / (h * w)"},
+                {"torch.bmm(places, shares)": "(places @ shares / (h * w))"},
                 loses="values gradients"),
         Mistake("the codewords are transposed: (B, D, n), one a column",
                 {"return torch.bmm(places, shares)": "return (places @ shares).mT"},

@@ -222,7 +222,8 @@ class represent:
                 loses="values gradients one_layer"),
         Mistake("theta is reshaped without bringing its channels to the end: a cell's "
                 "P numbers are mixed with those of others",
-                {"in_order(theta.permute(0, 2, 3, 1)).view(N, P)": "theta.reshape(N, P)"},
+                {"in_order(theta.permute(0, 2, 3, 1)).view(N, P)":
+                 "theta.reshape(N, P)"},
                 loses="values gradients one_layer"),
         Mistake("theta gets no gradient: is there a .detach(), .data or .item()?",
                 {"(theta.permute": "(theta.detach().permute"},
