@@ -439,9 +439,9 @@ class Stages(dict):
         self.backbone = backbone
 
     def __missing__(self, stage: str):
-        raise UserError(f"--backbone {self.backbone} has no {stage}, only "
-                        f"{', '.join(self)}: choose a variant whose decoder reads "
-                        f"no more")
+        known = ", ".join(self)
+        raise UserError(f"--backbone {self.backbone} has no {stage}, only {known}: "
+                        f"choose a variant whose decoder reads {known} alone")
 
 
 def make_encoder(backbone: str, num_classes: int, *, weights="none", output_stride=32,

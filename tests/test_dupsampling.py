@@ -467,6 +467,7 @@ def test_flops_of_the_upsampling_alone():
     assert round(2 * with_T, 2) == 0.80
 
 
+@pytest.mark.thorough
 def test_the_cost_of_the_whole_network_is_that_of_six_scales():
     """N10: 897.94 of Sec. 4.2, at DeepLabv3+'s scales of 513x513, each mirrored, too.
 
