@@ -247,6 +247,24 @@ def test_readme_numbers_are_those_of_the_tables():
                    and line["GMACs"].startswith(gmacs + " ") for line in lines), method
 
 
+def test_speeds_are_those_of_the_tables():
+    """Each ratio, median and quartile is that of results/speed-*.csv."""
+    section = RESULTS.partition("## How fast are they?\n")[2].partition("\n## ")[0]
+    shown = {method: cells for method, *cells in re.findall(
+        r"^\| `([\w:]+)`.* \| ([\d.]+) \| (.*) \| (.*) \| (.*) \|$", section, re.M)}
+    tables = []
+    for name in ("inference", "training", "bf16"):
+        with open(ROOT / f"results/speed-{name}.csv", newline="") as file:
+            tables.append({row["method"]: row for row in csv.DictReader(file)})
+    assert list(shown) == list(tables[0]) and len(shown) == 7
+    for method, (gmacs, *cells) in shown.items():
+        assert gmacs == f"{float(tables[0][method]['GMACs']):.1f}"
+        for table, cell in zip(tables, cells):
+            ms, low, high = (float(table[method][key]) for key in ("ms", "low", "high"))
+            ratio = ms / float(table["smp"]["ms"])
+            assert cell == f"{ratio:.2f} ({ms:.0f} ms, {low:.0f} to {high:.0f})"
+
+
 def test_readme_lists_every_encoder():
     """--backbone knows these and no others, torchvision's and the papers' own."""
     listed = README.partition("Encoders: ")[2].partition("\n\n")[0]
