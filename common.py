@@ -740,6 +740,8 @@ def build_model(spec: str, num_classes: int, *, backbone="resnet50", weights="no
                           "DATASET:BACKBONE" is a key, too, and "finetuned DATASET" for
                           runs that begin with the weights of another
         FROM_SCRATCH      options of build in train.py's own recipes; else none
+        ENCODERS          {name: function of output_stride}: more names for --backbone,
+                          with every method; see `encoders`
         prepare(model, label_maps, progress) -> line for the log, before step one
         pretrain_loss(model, images, labels) -> loss of the first --pretrain steps
         explain(model, image, palette, classes) -> figure; else nothing to explain

@@ -24,6 +24,7 @@ Paper -> code
     | Fig. 2, last x4   | DeepLabv3Plus.to_pixels      | from 1/4 to the image's size |
     | Sec. 3.1, decoder | DeepLabv3PlusDecoder.forward | up, concatenate, 3x3, 3x3 |
     | Sec. 3.1, encoder | build                        | output stride 16 or 8 |
+    | Sec. 3.2, Fig. 4  | Xception                     | --backbone xception65 [N10] |
     | Sec. 3.1, Eq. (1) | atrous_convolution           | a kernel with holes |
     | Sec. 3.1, rates   | atrous_rates                 | 6, 12, 18 at output stride 16 |
     | Sec. 4.1, Table 1 | build, low_channels          | 1x1 to 48 channels |

@@ -29,6 +29,7 @@ Paper -> code
     | Sec. 3.1, FPN      | ZeroFlow           | bilinear enlargement, FAM's rival |
     | Sec. 3.3, decoder  | AlignedFPN.forward | top-down sums, fusion at 1/4 |
     | Sec. 3.3, cascaded | supervision_head   | one more classifier on every sum |
+    | Table 3, DF1, DF2  | DFEncoder          | --backbone df2 [N18] |
     | Table 2 (c)        | correlation        | FlowNet-C's matching, rival of cat |
     | Table 2 (d)        | Deformable         | deformable convolution, rival of FAM |
     | official code      | convert            | its checkpoints |
