@@ -311,12 +311,19 @@ def test_illegal_label_stops_before_the_first_step(tmp_path, capsys):
                                       "resnet34", "shufflenet_v2_x0_5"])
 @pytest.mark.parametrize("method", methods())
 @pytest.mark.thorough
-def test_each_method_trains_on_each_encoder(method, backbone, tmp_path):
-    """--backbone of any paper with any method: 20 steps, and the loss goes down."""
+def test_each_method_trains_on_each_encoder(method, backbone, tmp_path, monkeypatch):
+    """--backbone of any paper with any method: 20 steps, and every weight moves.
+
+    A loss that is not finite would have been skipped, a stage that nobody reads would
+    have no momentum.
+    """
     if "shuffle" in backbone and method in ("deeplabv3plus", "dupsampling"):
         pytest.skip("ShuffleNetV2 has output stride 32 only")
+    monkeypatch.setattr("data.Streets.sizes", {"train": 6, "val": 2})
     launch("--method", method, "--backbone", backbone, "--iterations", 20, "--batch", 4,
-           "--crop", 64, 96, "--warmup", 2, "--workers", 0, "--log-every", 1, "--lr",
+           "--crop", 64, 64, "--warmup", 2, "--workers", 0, "--log-every", 1, "--lr",
            0.003, "--eval-every", 20, "--out", tmp_path)
     losses = [float(row["loss"]) for row in rows_of(tmp_path) if row["loss"]]
-    assert sum(losses[-5:]) < sum(losses[:5]), losses
+    assert len(losses) == 20 and np.isfinite(losses).all()
+    state = load_checkpoint(tmp_path)["optimizer"]["state"].values()
+    assert all(each["momentum_buffer"].abs().max() > 0 for each in state)
