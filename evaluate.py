@@ -788,7 +788,7 @@ def command_explain(args) -> None:
 # --- export --------------------------------------------------------------------------
 
 TRACED = 2, 97, 161  # batch, H, W while operations are recorded: of no special size
-CHECKED = (1, 65, 97), (3, 160, 96)  # what the written file is tried with
+CHECKED = (1, 32, 32), (1, 65, 97), (3, 160, 96)  # what the written file is tried with
 TOLERANCE = 1e-3  # of the largest logit
 ABOUT = "about.json"  # what else is in the file, under this name
 ONNX = "onnx", "onnxscript", "onnxruntime"  # packages that .onnx takes, .pt2 none
@@ -971,7 +971,7 @@ def command_export(args) -> None:
                         f"nothing was kept, --debug shows more", code=1) from error
     finally:
         temporary.unlink(missing_ok=True)
-    sizes = " and ".join("{}x{}x{}".format(*size) for size in CHECKED)
+    sizes = ", ".join("{}x{}x{}".format(*size) for size in CHECKED)
     print(f"{out}: {checkpoint['method']}, iteration {checkpoint['iteration']}; images "
           f"(B, 3, H, W) to logits (B, {len(checkpoint['classes'])}, H, W), any size "
           f"from 32 on; at {sizes} within {difference:.1e} of the largest logit")

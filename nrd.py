@@ -578,10 +578,16 @@ class CARAFEDecoder(nn.Module):
         weights = weights.reshape(B, k, f * f, h * w)  # (B, k, f*f, h*w)
         # softmax over the k neighbours: the weights of a point add up to 1
         weights = weights.softmax(dim=1).permute(0, 3, 1, 2)  # (B, h*w, k, f*f)
-        x = F.unfold(context, self.kernel, padding=self.kernel // 2)  # (B, D*k, h*w)
-        around = x.reshape(B, D, k, h * w).permute(0, 3, 1, 2)  # (B, h*w, D, k)
+        # What F.unfold gives, by shifted maps: torch.export would make of it a network
+        # that refuses an image of one column of cells.
+        padded = F.pad(context, (self.kernel // 2,) * 4)
+        shifts = range(self.kernel)
+        around = torch.stack([padded[..., y:y + h, x:x + w] for y in shifts
+                              for x in shifts], dim=2)  # (B, D, k, h, w)
+        around = around.permute(0, 3, 4, 1, 2)  # (B, h, w, D, k)
         # (B*h*w, D, k) x (B*h*w, k, f*f) -> (B*h*w, D, f*f)
-        x = torch.bmm(around.flatten(0, 1), weights.flatten(0, 1))  # (B*h*w, D, f*f)
+        x = torch.bmm(in_order(around).flatten(0, 2),
+                      in_order(weights).flatten(0, 1))  # (B*h*w, D, f*f)
         return self.classify(from_cells(x, B, h, w))
 
 

@@ -114,9 +114,9 @@ def test_only_poolings_to_several_cells_are_exchanged(thin):
 
 def test_predict_with_the_file_equals_predict_with_the_run(trained, exported, loaded,
                                                            tmp_path, monkeypatch):
-    """Pixel for pixel, whole and in windows, and the pictures of what is found.
+    """Pixel for pixel, whole and in windows; the pictures that are written, too.
 
-    The likely mistakes: an image of fewer than 32 rows; another normalisation.
+    The likely mistake: an image of fewer than 32 rows, which the network refuses.
     """
     picture = torch.randint(256, (70, 110, 3), dtype=torch.uint8)
     tiny = torch.randint(256, (9, 20, 3), dtype=torch.uint8)
