@@ -90,7 +90,8 @@ def test_pretrained_weights_keep_what_they_say_of_rgb(tmp_path):
     rgb, four, grey = build(3), build(4), build(1)
     images = torch.randn(1, 4, 64, 64)
     equal = torch.testing.assert_close
-    equal(four(images)["res5"], rgb(images[:, :3])["res5"])
+    equal(four(images)["res5"], rgb(images[:, :3])["res5"],
+          msg=lambda said: f"the fourth channel must start at 0: {said}")
     equal(grey(images[:, :1])["stem"], rgb(images[:, :1].expand(-1, 3, -1, -1))["stem"],
           rtol=1e-4, atol=1e-4)
     four(images)["res5"].sum().backward()
@@ -100,7 +101,8 @@ def test_pretrained_weights_keep_what_they_say_of_rgb(tmp_path):
 def test_weights_drawn_anew_read_every_channel(thin):
     """Without pretrained ones no channel starts at 0."""
     conv = common.build_model("nrd", 5, in_channels=6, **SMALL).encoder.stem[0]
-    assert conv.in_channels == 6 and conv.weight.abs().amin((0, 2, 3)).all()
+    assert conv.in_channels == 6
+    assert conv.weight.abs().amin((0, 2, 3)).all(), "a channel that nothing reads"
 
 
 @pytest.mark.parametrize("options, sentence", [
