@@ -452,14 +452,15 @@ def make_encoder(backbone: str, num_classes: int, *, weights="none", output_stri
     """
     if backbone == LABELS:
         return LabelEncoder(num_classes, output_stride=output_stride)
-    if backbone not in encoders():
+    known = encoders()
+    if backbone not in known:
         return Encoder(backbone, weights=weights, output_stride=output_stride,
                        ceil_mode=ceil_mode)
     check_output_stride(output_stride)
     if weights == "imagenet":
         raise UserError(f"torchvision has no ImageNet weights for {backbone}: pass "
                         f"--weights none, or a file with the names of its tensors")
-    encoder = encoders()[backbone](output_stride=output_stride)
+    encoder = known[backbone](output_stride=output_stride)
     encoder.loaded = load_weights(encoder, backbone, weights)
     return encoder
 

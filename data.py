@@ -361,7 +361,9 @@ def run_lengths(counts: list[int] | str) -> list[int]:
     """
     if isinstance(counts, list):
         return counts
-    runs, value, shift = [], 0, 0
+    runs = []
+    value = 0
+    shift = 0  # bits of the number that are known
     for character in counts:
         digit = ord(character) - 48
         value |= (digit & 31) << shift
@@ -371,7 +373,8 @@ def run_lengths(counts: list[int] | str) -> list[int]:
         if digit & 16:
             value -= 1 << shift
         runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-        value, shift = 0, 0
+        value = 0
+        shift = 0
     return runs
 
 

@@ -140,9 +140,8 @@ mmsegmentation, in which NRD's authors ran the DeepLabv3+ that they compare with
                has an epsilon of 1e-3.
         Here:  As the code, without multi-grid, and with torch's epsilon and start.
         Effect: At 513x513, 54.17 and 177.10 GMACs of Table 5 are met within 0.3 %. Its
-               rows without separable convolutions are 3.4 to 5.7 % above ours, as if
-               more than ASPP and decoder were made dense; the table does not say what.
-               On scores: not measured.
+               rows without separable convolutions are not: ours are 3.4 to 5.7 % below
+               them; why is not known. On scores: not measured.
 
 Run
     python deeplabv3plus.py FILE.png           shapes, and the picture of `explain`
@@ -158,7 +157,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import (ASPP, WIDTH, Stages, UserError, class_legend,
+from common import (ASPP, WIDTH, Stages, UserError, check_batch, class_legend,
                     colour_bar, conv_bn_relu, describe, fcn_heads, heading,
                     label_colours, make_encoder, panel, separable_conv, show_errors,
                     synthetic_scene, torchvision_names, upsample, viewable)
@@ -349,7 +348,8 @@ class Xception(nn.Module):
 
     def __init__(self, name: str, *, output_stride=32):
         super().__init__()
-        self.in_channels, self.output_stride = 3, output_stride
+        self.in_channels = 3
+        self.output_stride = output_stride
         self.channels = Stages(name, stem=64, res2=256, res3=256, res4=728, res5=2048)
         self.root = nn.Sequential(*conv_bn_relu(3, 32, stride=2), *conv_bn_relu(32, 64))
         entry, self.to_eighth = ENTRY[name]
@@ -357,7 +357,10 @@ class Xception(nn.Module):
         plan += [((728,) * 3, 1, {"shortcut": "sum"})] * 16
         plan += [((728, 1024, 1024), 2, {}),
                  ((1536, 1536, 2048), 1, {"shortcut": "none", "relu_inside": True})]
-        units, channels, reached, dilation = [], 64, 2, 1
+        units = []
+        channels = 64  # behind the root, where the stride is 2
+        reached = 2
+        dilation = 1
         for widths, stride, options in plan:
             shrinks = reached * stride <= output_stride
             units.append(XceptionUnit(channels, widths, stride=stride if shrinks else 1,
@@ -382,6 +385,8 @@ class Xception(nn.Module):
         for unit in self.entry[self.to_eighth:]:
             x = unit(x)
         res4 = self.middle(x)
+        if self.training and self.output_stride == 32:
+            check_batch(res4[:, 0, ::2, ::2].numel(), self.exit)
         return {"stem": stem, "res2": res2, "res3": res3, "res4": res4,
                 "res5": self.exit(res4)}
 

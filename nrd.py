@@ -370,7 +370,7 @@ def represent(theta: Tensor, inputs: Tensor, *, widths: tuple[int, ...]) -> Tens
     x = to_cells(inputs, s)  # (N, I, s*s)
     layers = split_theta(theta, widths)
     for depth, (weight, bias) in enumerate(layers):
-        # weight @ x + bias, one product for all N cells, and the rest in its place:
+        # weight @ x + bias, one product for all N cells; bias and ReLU need no copy:
         # (N, out, in) x (N, in, s*s) -> (N, out, s*s)
         x = torch.bmm(weight, x).add_(bias)
         if depth < len(layers) - 1:

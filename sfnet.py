@@ -677,12 +677,12 @@ class FCNDecoder(nn.Module):
         return self.classify(context), [features["res4"]]
 
 
-# [width, blocks] of a stage, one group after the other: DF1 and DF2 of Partial Order
-# Pruning (arXiv:1903.03777). res5 has two parts.
-DF = {"df1": {"res3": [(64, 3)], "res4": [(128, 3)], "res5a": [(256, 3)],
-              "res5": [(512, 1)]},
-      "df2": {"res3": [(64, 2), (128, 1)], "res4": [(128, 10), (256, 1)],
-              "res5a": [(256, 4)], "res5": [(512, 2)]}}
+# (width, blocks) of each group of res3, res4 and the two parts of res5: DF1 and DF2 of
+# Partial Order Pruning (arXiv:1903.03777).
+DF = {"df1": ([(64, 3)], [(128, 3)], [(256, 3)], [(512, 1)]),
+      "df2": ([(64, 2), (128, 1)], [(128, 10), (256, 1)], [(256, 4)], [(512, 2)])}
+# The stages that stand for F_4 and F_3, of 256 and 128 channels.  [N18]
+DF_PYRAMID = {"df1": {4: "res5a", 3: "res4"}, "df2": {4: "res4", 3: "res3"}}
 
 
 def blocks(in_channels: int, groups: list[tuple[int, int]], stride: int):
@@ -694,7 +694,8 @@ def blocks(in_channels: int, groups: list[tuple[int, int]], stride: int):
             if stride > 1 or width != in_channels:
                 shortcut = conv_bn(in_channels, width, stride)
             layers.append(BasicBlock(in_channels, width, stride, shortcut))
-            in_channels, stride = width, 1
+            in_channels = width
+            stride = 1
     return nn.Sequential(*layers)
 
 
@@ -708,30 +709,34 @@ class DFEncoder(nn.Module):
 
     def __init__(self, name: str, *, output_stride=32):
         super().__init__()
-        self.in_channels, self.output_stride = 3, output_stride
+        self.in_channels = 3
+        self.output_stride = output_stride
+        res3, res4, res5a, res5 = DF[name]
+        width3, width4, width5a, width5 = (groups[-1][0] for groups in DF[name])
         self.stem = conv_bn_relu(3, 32, stride=2)
         self.res2 = conv_bn_relu(32, 64, stride=2)
-        self.channels = Stages(name, stem=32, res2=64)
-        width = 64
-        for stage, groups in DF[name].items():
-            stride = 1 if stage == "res5" else 2  # res5a has halved the map
-            setattr(self, stage, blocks(width, groups, stride))
-            self.channels[stage] = width = groups[-1][0]
-        # Three maps of 128, 256 and 512 channels: in DF1 two of them at 1/32.
-        self.pyramid = {4: "res5a", 3: "res4"} if name == "df1" else {4: "res4",
-                                                                      3: "res3"}
+        self.res3 = blocks(64, res3, stride=2)
+        self.res4 = blocks(width3, res4, stride=2)
+        self.res5a = blocks(width4, res5a, stride=2)
+        self.res5 = blocks(width5a, res5, stride=1)
+        self.channels = Stages(name, stem=32, res2=64, res3=width3, res4=width4,
+                               res5a=width5a, res5=width5)
+        self.pyramid = DF_PYRAMID[name]
         if output_stride < 32:
             dilate_stage(nn.Sequential(self.res5a, self.res5), 32 // output_stride)
         if output_stride < 16:
             dilate_stage(self.res4, 2)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        features = {}
-        x = images
-        for stage in self.channels:
-            x = getattr(self, stage)(x)
-            features[stage] = x
-        return features
+        stem = self.stem(images)
+        res2 = self.res2(stem)
+        res3 = self.res3(res2)
+        res4 = self.res4(res3)
+        if self.training and self.output_stride == 32:
+            check_batch(res4[:, 0, ::2, ::2].numel(), self.res5)
+        res5a = self.res5a(res4)
+        return {"stem": stem, "res2": res2, "res3": res3, "res4": res4, "res5a": res5a,
+                "res5": self.res5(res5a)}
 
 
 ENCODERS = {name: partial(DFEncoder, name) for name in DF}  # for every method

@@ -180,6 +180,15 @@ def launch(*argv):
     return train.train(train.parse(list(map(str, argv))))
 
 
+def launch_on_few(sizes: dict, *argv):
+    """The same with the thin network, on so many streets: {"train": 2, "val": 1}."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torchvision.models.get_model", thin_resnet)
+        patch.setattr("data.Streets.sizes", sizes)
+        return launch("--batch", 2, "--crop", 64, 96, "--set", "channels=16",
+                      "--warmup", 0, "--workers", 0, *argv)
+
+
 def call_evaluate(*argv):
     """evaluate.py inside this process."""
     return evaluate.main(list(map(str, argv)))

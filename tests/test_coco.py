@@ -92,9 +92,11 @@ def compressed(counts) -> str:
     """COCO's compressed form, by its definition: the inverse of run_lengths."""
     text = ""
     for i, count in enumerate(counts):
-        rest, more = count - (counts[i - 2] if i > 2 else 0), True
+        rest = count - (counts[i - 2] if i > 2 else 0)
+        more = True
         while more:
-            digit, rest = rest & 31, rest >> 5
+            digit = rest & 31
+            rest >>= 5
             more = rest != (-1 if digit & 16 else 0)
             text += chr(48 + digit + 32 * more)
     return text

@@ -110,11 +110,10 @@ def test_xception_dilates_what_follows_the_stride_that_it_gives_up():
     def dilations(output_stride):
         with torch.device("meta"):
             encoder = common.make_encoder("xception65", 3, output_stride=output_stride)
-        depthwise = lambda unit: {conv[-2][0].dilation[0] if conv[0].__class__ is
-                                  torch.nn.ReLU else conv[0][0].dilation[0]
-                                  for conv in unit.convs}
         units = encoder.entry[-1], encoder.middle[0], *encoder.exit
-        return [depthwise(unit) for unit in units]
+        return [{layer.dilation[0] for layer in unit.modules()
+                 if isinstance(layer, torch.nn.Conv2d) and layer.groups > 1}
+                for unit in units]
     assert dilations(32) == [{1}, {1}, {1}, {1}]
     assert dilations(16) == [{1}, {1}, {1}, {2}]
     assert dilations(8) == [{1}, {2}, {2}, {4}]

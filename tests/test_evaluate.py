@@ -11,21 +11,15 @@ from PIL import Image
 import common
 import data
 import evaluate
-import train
-from conftest import call_evaluate, child, save, thin_resnet
+from conftest import call_evaluate, child, launch_on_few, save, thin_resnet
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run of three steps on six streets: enough to be scored and predicted with."""
     folder = tmp_path_factory.mktemp("run")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torchvision.models.get_model", thin_resnet)
-        patch.setattr("data.Streets.sizes", {"train": 6, "val": 3})
-        miou = train.train(train.parse(
-            ["--batch", "2", "--crop", "64", "96", "--set", "channels=16",
-             "--iterations", "3", "--warmup", "0", "--workers", "0", "--eval-every",
-             "3", "--out", str(folder)]))
+    miou = launch_on_few({"train": 6, "val": 3}, "--iterations", 3, "--eval-every", 3,
+                         "--out", folder)
     return folder, miou
 
 

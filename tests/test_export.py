@@ -8,8 +8,7 @@ from PIL import Image
 
 import common
 import evaluate
-import train
-from conftest import SMALL, call_evaluate, thin_resnet
+from conftest import SMALL, call_evaluate, launch_on_few, thin_resnet
 from test_integrate import SPECS
 
 
@@ -18,13 +17,8 @@ def trained(tmp_path_factory):
     """A run of one step, with the thin network, of a method that is quickly exported.
     """
     folder = tmp_path_factory.mktemp("run")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torchvision.models.get_model", thin_resnet)
-        patch.setattr("data.Streets.sizes", {"train": 2, "val": 1})
-        train.train(train.parse(
-            ["--method", "nrd:bilinear", "--batch", "2", "--crop", "64", "96", "--set",
-             "channels=16", "--iterations", "1", "--warmup", "0", "--workers", "0",
-             "--eval-every", "1", "--out", str(folder)]))
+    launch_on_few({"train": 2, "val": 1}, "--method", "nrd:bilinear", "--iterations", 1,
+                  "--eval-every", 1, "--out", folder)
     return folder
 
 
