@@ -1407,6 +1407,16 @@ def compared_rows(groups: dict[str, list[dict]], seen: Compared,
     return table
 
 
+def each_seed(groups: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """A single configuration is compared with itself: each seed is a group of its own."""
+    if len(groups) > 1:
+        return groups
+    ((name, rows),) = groups.items()
+    if len(rows) == 1:
+        raise UserError(f"{rows[0]['folder']} alone: compare needs two finished runs")
+    return {f"{name} seed={row['seed']}": [row] for row in rows}
+
+
 def in_words(row: dict, first: str) -> str:
     """What the interval of a difference allows to say."""
     name = row["method"]
@@ -1420,13 +1430,26 @@ def in_words(row: dict, first: str) -> str:
     return f"{name} is {order} {first} on images of this kind: {between}."
 
 
+def about_seeds(groups: dict[str, list[dict]]) -> str:
+    """What the intervals leave out: they are over images, of trainings as they are."""
+    runs = [rows[0] for rows in groups.values()]
+    if all(run["facts"] == runs[0]["facts"] for run in runs):
+        return ("All are the same experiment: so much the seed alone does. A difference "
+                "of two methods means little unless it is larger.")
+    if any(len(rows) == 1 for rows in groups.values()):
+        return ("The intervals are over images. What another seed would do, a method "
+                "with one run does not say.")
+    return ("The intervals are over images, of means over seeds; ± is the spread of the "
+            "seeds.")
+
+
 def command_compare(args) -> None:
     """Runs side by side on the same images: intervals, paired differences, a picture.
 
     The interval is about the images: what other images of the same kind would give. How
     other seeds would come out, the spread over the seeds says, if there are some.
     """
-    groups = by_configuration(args.runs)
+    groups = each_seed(by_configuration(args.runs))
     runs = [row for rows in groups.values() for row in rows]
     checkpoints = [load_checkpoint(row["folder"]) for row in runs]
     dataset = open_compared(args, runs, checkpoints)
@@ -1457,6 +1480,7 @@ def command_compare(args) -> None:
               f"{row['images won']} of {row['images']} images")
     for row in table[1:]:
         print(in_words(row, table[0]["method"]))
+    print(about_seeds(groups))
     out = make_folder(args.out)
     nulls = [{key: None if value != value else value for key, value in row.items()}
              for row in table]  # JSON knows no NaN
@@ -1536,9 +1560,13 @@ def compare_picture(table: list[dict], shown: list, guesses: list, info,
 
 
 def where_they_differ(labels: Tensor, guesses: list[Tensor]) -> tuple[int, ...]:
-    """(top, left, h, w) of the quarter, by side, of an image with most disagreement."""
+    """(top, left, h, w) of the quarter, by side, of an image with most disagreement.
+
+    Of disagreement at class boundaries: there decoders differ, elsewhere encoders do.
+    """
     h, w = (max(1, n // 4) for n in labels.shape)
-    density = F.avg_pool2d(disagreement(labels, guesses)[None], (h, w), 1)[0]
+    differ = disagreement(labels, guesses) * dilate(class_boundary(labels), NEAR)
+    density = F.avg_pool2d(differ[None], (h, w), 1)[0]
     return *divmod(int(density.argmax()), density.shape[1]), h, w
 
 
@@ -1559,7 +1587,7 @@ def draw_numbers(forest, cost, table: list[dict]) -> None:
     forest.set_xlabel(f"points of mIoU beyond {names[0]},\n95 % interval over images",
                       fontsize=9)
     cost.margins(y=0.15)
-    cost.set(ylabel="mIoU", xlim=(0, 1.5 * max(row["gmacs"] for row in table)))
+    cost.set(ylabel="mIoU", xlim=(0, 2 * max(row["gmacs"] for row in table)))
     cost.set_xlabel("GMACs of a training crop", fontsize=9)
 
 

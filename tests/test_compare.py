@@ -94,6 +94,31 @@ def test_an_order_is_stated_only_if_the_interval_allows_it(low, high, said):
     assert said in evaluate.in_words(row, "a")
 
 
+def test_what_intervals_over_images_leave_out_is_said():
+    """Two seeds of one method are its own null; one seed says nothing of others."""
+    a0, a1 = ({"facts": {"method": "a"}, "seed": seed} for seed in (0, 1))
+    b0, b1 = ({"facts": {"method": "b"}, "seed": seed} for seed in (0, 1))
+    alone = evaluate.each_seed({"a": [a0, a1]})
+    assert alone == {"a seed=0": [a0], "a seed=1": [a1]}
+    assert "the seed alone" in evaluate.about_seeds(alone)
+    both = {"a": [a0, a1], "b": [b0]}
+    assert evaluate.each_seed(both) is both
+    assert "one run does not say" in evaluate.about_seeds(both)
+    assert "spread of the seeds" in evaluate.about_seeds(both | {"b": [b0, b1]})
+
+
+def test_the_enlarged_part_is_at_a_boundary():
+    """A whole region called otherwise is larger, but says nothing of the decoder."""
+    labels = torch.zeros(40, 80, dtype=torch.uint8)
+    labels[:10, 60:] = 1
+    blunt = labels.clone()
+    blunt[8:10, 60:] = 0
+    blunt[20:, :30] = 1
+    top, left, h, w = evaluate.where_they_differ(labels, [labels, blunt])
+    assert (h, w) == (10, 20)
+    assert top < 10 <= top + h and left + w > 60, "not where the boundary is"
+
+
 def test_pixels_near_a_boundary_and_disagreement_are_counted(monkeypatch):
     """Two halves: the band has three pixels on each side, void is in neither count."""
     labels = torch.zeros(10, 20, dtype=torch.uint8)
@@ -130,6 +155,7 @@ def test_runs_side_by_side(two, tmp_path, capsys):
     said = capsys.readouterr()
     assert "left out: no checkpoint" in said.err
     assert "over 2 seeds" in said.out and "nrd:bilinear" in said.out
+    assert "one run does not say" in said.out
     report = json.loads((tmp_path / "out/compare.json").read_text())
     assert report["images"] == 2 and len(report["runs"]) == 3
     scores = [common.load_checkpoint(run)["miou"] for run in runs]
@@ -146,9 +172,11 @@ def test_what_cannot_be_compared_is_refused(two, tmp_path, capsys):
     (tmp_path / "c").mkdir()
     for change, said in (({"train_split": "trainval"}, "has another train_split"),
                          ({"difficulty": 1.0}, "has another difficulty"),
-                         ({"evaluated": 2}, "no finished run")):
+                         ({"evaluated": 2}, "no finished run"),
+                         ({}, "needs two finished runs")):
         common.save_checkpoint(state | change, tmp_path / "c/last.pt")
-        runs = [tmp_path / "c"] if "finished" in said else [two / "a0", tmp_path / "c"]
+        alone = "finished" in said
+        runs = [tmp_path / "c"] if alone else [two / "a0", tmp_path / "c"]
         with pytest.raises(SystemExit):
             call_evaluate("compare", *runs, "--out", tmp_path / "o")
         assert said in capsys.readouterr().err
