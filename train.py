@@ -342,30 +342,29 @@ OUR_DATASETS = {
 }
 
 
-def recipes_of(method: str) -> dict:
-    return getattr(load_method(method)[0], "RECIPES", {})
+def papers_recipe(args) -> dict:
+    """What the method's paper states for the data set; {} if nothing, or not wanted.
 
-
-def recipe_name(args) -> str:
-    """The key of a module's RECIPES: a data set, or `data set:backbone` before that.
-
-    The augmented VOC is trained on as VOC is, both Contexts are trained on alike. A run
-    that begins with the weights of another first looks for `finetuned data set`, which
-    a paper has that trains on several data sets in turn.
+    A key of RECIPES is a data set, or `data set:backbone` before that. The augmented
+    VOC is trained on as VOC is, both Contexts are trained on alike. A run that begins
+    with the weights of another first looks for `finetuned data set`, which a paper has
+    that trains on several data sets in turn.
     """
+    if args.recipe == "ours":
+        return {}
     other = {"voc-aug": "voc", "context59": "context60"}.get(args.dataset)
     keys = [key for name in filter(None, (args.dataset, other))
             for key in (f"{name}:{getattr(args, 'backbone', None)}", name)]
     if args.finetune_from:
         keys = [f"finetuned {key}" for key in keys] + keys
-    recipes = recipes_of(args.method)
-    return next((key for key in keys if key in recipes), args.dataset)
+    recipes = getattr(load_method(args.method)[0], "RECIPES", {})
+    return next((recipes[key] for key in keys if key in recipes), {})
 
 
 def make_recipe(args) -> dict[str, tuple]:
     """{name: (value, source)}: command line over the module's recipe over ours."""
     recipe = {name: (option.default, "ours") for name, option in RECIPE.items()}
-    papers = recipes_of(args.method).get(recipe_name(args))
+    papers = papers_recipe(args)
     if papers:  # it brings the paper's network, too
         recipe.pop("channels")
         recipe |= {name: (RECIPE[name].default, "not done in the paper")
@@ -425,7 +424,7 @@ def make_model(args, values: dict, num_classes: int, *, fresh: bool):
     options = parse_options(args.method, args.set)
     if "channels" in values:
         options = {"channels": values["channels"]} | options
-    if recipe_name(args) not in recipes_of(args.method):
+    if not papers_recipe(args):
         options = getattr(load_method(args.method)[0], "FROM_SCRATCH", {}) | options
     try:
         model = build_model(args.method, num_classes, backbone=values["backbone"],
@@ -576,7 +575,7 @@ def describe(run: Run, recipe: dict[str, tuple]) -> None:
     share = batch // (run.world * args.accumulate)
     print(f"{batch} images per step ({recipe['batch'][1]}) = {run.world} processes x "
           f"{args.accumulate} parts x {share} images")
-    paper = recipes_of(args.method).get(recipe_name(args), {}).get("batch")
+    paper = papers_recipe(args).get("batch")
     if paper and paper[0] != batch:
         print(f"  the paper's {paper[0]} images per step belong to its learning rate; "
               f"in proportion, {batch} would have {batch / paper[0]:.3g} times that")
@@ -655,6 +654,9 @@ OPTIONS = {  # all that is not in the recipe
                       "all", metavar="KEY=VALUE"),
     "dataset": Option("streets", f"{', '.join(data.DATASETS)} (default streets, which "
                                  f"is drawn)"),
+    "recipe": Option("paper", "paper: what the method's paper states for the data set, "
+                              "if it does; ours: the same for every method (paper)",
+                     choices=("paper", "ours")),
     "train_split": Option("train", "as trainval, after which the mIoU on val says "
                                    "nothing (default train)"),
     "data_root": Option(None, "folder of the data set, as distributed", metavar="DIR"),

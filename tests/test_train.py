@@ -127,6 +127,16 @@ def test_paper_recipe_beats_ours_and_command_line_beats_both():
     assert train.make_recipe(train.parse([]))["lr"][1] == "ours"
 
 
+@pytest.mark.parametrize("dataset", ["camvid", "cityscapes", "ade20k"])
+def test_one_recipe_for_all_methods_can_be_asked_for(dataset):
+    """Where papers state recipes, --recipe ours compares decoders and nothing else."""
+    asked = [train.parse(["--method", method, "--dataset", dataset, "--recipe", "ours"])
+             for method in methods()]
+    first, *others = map(train.make_recipe, asked)
+    assert all(other == first for other in others)
+    assert {source for _, source in first.values()} == {"ours"} and "channels" in first
+
+
 def test_trainval_is_trained_on_and_written_down(tmp_path, capsys):
     """--train-split: in the first line, in the checkpoint, and again after --resume."""
     root = draw_tree(tmp_path / "data", "camvid")
