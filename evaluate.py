@@ -1408,7 +1408,7 @@ def compared_rows(groups: dict[str, list[dict]], seen: Compared,
 
 
 def each_seed(groups: dict[str, list[dict]]) -> dict[str, list[dict]]:
-    """A single configuration is compared with itself: each seed is a group of its own."""
+    """A single configuration is compared with itself: each seed is a group."""
     if len(groups) > 1:
         return groups
     ((name, rows),) = groups.items()
@@ -1434,13 +1434,13 @@ def about_seeds(groups: dict[str, list[dict]]) -> str:
     """What the intervals leave out: they are over images, of trainings as they are."""
     runs = [rows[0] for rows in groups.values()]
     if all(run["facts"] == runs[0]["facts"] for run in runs):
-        return ("All are the same experiment: so much the seed alone does. A difference "
-                "of two methods means little unless it is larger.")
+        return ("All are the same experiment: so much the seed alone does. A "
+                "difference of two methods means little unless it is larger.")
     if any(len(rows) == 1 for rows in groups.values()):
         return ("The intervals are over images. What another seed would do, a method "
                 "with one run does not say.")
-    return ("The intervals are over images, of means over seeds; ± is the spread of the "
-            "seeds.")
+    return ("The intervals are over images, of means over seeds; ± is the spread of "
+            "the seeds.")
 
 
 def command_compare(args) -> None:
@@ -1550,8 +1550,10 @@ def compare_picture(table: list[dict], shown: list, guesses: list, info,
         axis.set(xticks=[], yticks=[])
     forest, cost, key = lower.subplots(1, 3, width_ratios=(3, 3, 1.6))
     draw_numbers(forest, cost, table)
-    truth = torch.cat([labels.flatten() for _, _, labels in shown])
-    patches = class_patches(truth, label_colours(info.palette, len(info.classes)),
+    maps = [labels for _, _, labels in shown]
+    maps += [ids for each in guesses for ids in each]
+    occurring = torch.cat([ids.unique() for ids in maps])
+    patches = class_patches(occurring, label_colours(info.palette, len(info.classes)),
                             info.classes)
     key.legend(handles=patches, loc="center", frameon=False, fontsize=8,
                ncols=math.ceil(len(patches) / 12))

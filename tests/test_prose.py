@@ -251,7 +251,8 @@ def test_speeds_are_those_of_the_tables():
     """Each ratio, median and quartile is that of results/speed-*.csv."""
     section = RESULTS.partition("## How fast are they?\n")[2].partition("\n## ")[0]
     shown = {method: cells for method, *cells in re.findall(
-        r"^\| `([\w:]+)`.* \| ([\d.]+) \| (.*) \| (.*) \| (.*) \| (.*) \|$", section, re.M)}
+        r"^\| `([\w:]+)`.* \| ([\d.]+) \| (.*) \| (.*) \| (.*) \| (.*) \|$", section,
+        re.M)}
     tables = []
     for name in ("inference", "training", "bf16", "training-bf16"):
         with open(ROOT / f"results/speed-{name}.csv", newline="") as file:
@@ -263,6 +264,26 @@ def test_speeds_are_those_of_the_tables():
             ms, low, high = (float(table[method][key]) for key in ("ms", "low", "high"))
             ratio = ms / float(table["smp"]["ms"])
             assert cell == f"{ratio:.2f} ({ms:.0f} ms, {low:.0f} to {high:.0f})"
+
+
+def test_comparisons_are_those_of_the_tables():
+    """compare's sentence about two seeds, and its rows about a drive, from its csv."""
+    tables = []
+    for name in ("seeds", "drive"):
+        with open(ROOT / f"results/compare-{name}.csv", newline="") as file:
+            tables.append([{"method": row.pop("method").split()[0]} | {
+                key: float(value) for key, value in row.items()}
+                for row in csv.DictReader(file)])
+    (_, other), drive = tables
+    between = evaluate.in_words(other, "nrd").partition(": ")[2]
+    assert between in " ".join(RESULTS.split())
+    for row in drive:
+        cells = (f"`{row['method']}`", f"{row['miou']:.4f}",
+                 f"{row['low']:.4f} to {row['high']:.4f}", f"{row['difference']:+.4f}",
+                 f"{row['difference low']:+.4f} to {row['difference high']:+.4f}",
+                 f"{row['images won']:.0f}", f"{row['miou within 3 px']:.4f}",
+                 f"{row['gmacs']:.2f}")
+        assert f"| {' | '.join(cells)} |" in RESULTS, row["method"]
 
 
 def test_readme_lists_every_encoder():
