@@ -1489,13 +1489,22 @@ def command_compare(args) -> None:
               "runs": [str(row["folder"]) for row in runs], "rows": nulls}
     (out / "compare.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     write_csv(out / "compare.csv", table)
-    worst = [indices[i] for i in seen.differ.argsort(descending=True)[:2].tolist()]
-    shown = [(index, *dataset.load(index)) for index in sorted(worst)]
+    shown = [(indices[i], *dataset.load(indices[i])) for i in shown_images(seen.differ)]
     guesses = [guess(data.NORMALISE(image)[None]) for _, image, _ in shown]
     first_seeds = [runs.index(rows[0]) for rows in groups.values()]
     compare_picture(table, shown, [[each[i] for i in first_seeds] for each in guesses],
                     dataset.info, out / "compare.png")
     print(f"{out}: compare.json, compare.csv, compare.png")
+
+
+def shown_images(differ: Tensor) -> list[int]:
+    """Two images with much disagreement; frames of one moment would be one picture."""
+    apart = len(differ) // 10
+    chosen: list[int] = []
+    for i in differ.argsort(descending=True).tolist():
+        if all(abs(i - other) > apart for other in chosen):
+            chosen.append(i)
+    return sorted(chosen[:2])
 
 
 def open_compared(args, runs: list[dict], checkpoints: list[dict]):

@@ -119,6 +119,14 @@ def test_the_enlarged_part_is_at_a_boundary():
     assert top < 10 <= top + h and left + w > 60, "not where the boundary is"
 
 
+def test_the_images_that_are_shown_are_not_of_one_moment():
+    differ = torch.zeros(101)
+    differ[[71, 72, 73, 5]] = torch.tensor([0.4, 0.5, 0.45, 0.3])
+    assert evaluate.shown_images(differ) == [5, 72]
+    assert evaluate.shown_images(torch.tensor([0.1, 0.2])) == [0, 1]
+    assert evaluate.shown_images(torch.tensor([0.1])) == [0]
+
+
 def test_pixels_near_a_boundary_and_disagreement_are_counted(monkeypatch):
     """Two halves: the band has three pixels on each side, void is in neither count."""
     labels = torch.zeros(10, 20, dtype=torch.uint8)
