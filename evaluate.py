@@ -1573,7 +1573,8 @@ def compare_picture(table: list[dict], shown: list, guesses: list, info,
 def where_they_differ(labels: Tensor, guesses: list[Tensor]) -> tuple[int, ...]:
     """(top, left, h, w) of the quarter, by side, of an image with most disagreement.
 
-    Of disagreement at class boundaries: there decoders differ, elsewhere encoders do.
+    Only disagreement near class boundaries counts: what decoders are judged by. Large
+    regions of a wrong class would draw the frame away from it.
     """
     h, w = (max(1, n // 4) for n in labels.shape)
     differ = disagreement(labels, guesses) * dilate(class_boundary(labels), NEAR)
