@@ -120,7 +120,7 @@ def test_the_enlarged_part_is_at_a_boundary():
 
 
 def test_the_images_that_are_shown_are_not_of_one_moment():
-    """Frame 73 is next in disagreement after 72, but shows the same scene: 5 is taken."""
+    """Frame 73 is next in disagreement after 72, but shows the same scene."""
     differ = torch.zeros(101)
     differ[[71, 72, 73, 5]] = torch.tensor([0.4, 0.5, 0.45, 0.3])
     assert evaluate.shown_images(differ) == [5, 72]
