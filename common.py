@@ -62,13 +62,20 @@ class UserError(Exception):
 # --- Building blocks -----------------------------------------------------------------
 
 
-def conv_bn_relu(in_channels: int, out_channels: int, kernel: int = 3, *, stride=1,
-                 dilation=1, groups=1) -> nn.Sequential:
-    """Convolution without bias, batch norm, ReLU; gives ceil(size / stride)."""
+def conv_bn(in_channels: int, out_channels: int, kernel: int = 1, *, stride=1,
+            dilation=1, groups=1) -> nn.Sequential:
+    """Convolution without bias, batch norm; gives ceil(size / stride)."""
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel, stride=stride, dilation=dilation,
                   padding=dilation * (kernel // 2), groups=groups, bias=False),
-        nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
+        nn.BatchNorm2d(out_channels))
+
+
+def conv_bn_relu(in_channels: int, out_channels: int, kernel: int = 3,
+                 **options) -> nn.Sequential:
+    """`conv_bn`, which takes the options, with a ReLU behind it."""
+    return nn.Sequential(*conv_bn(in_channels, out_channels, kernel, **options),
+                         nn.ReLU(inplace=True))
 
 
 def separable_conv(in_channels: int, out_channels: int, *, dilation=1) -> nn.Sequential:

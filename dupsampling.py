@@ -104,14 +104,19 @@ there is no `convert`: no checkpoint exists that it could translate.
                in the paper it gains 1 point.
     N7  Encoder.
         Paper: ResNet and Xception, "both of which are modified as in [5]", that is, as
-               in DeepLabv3+. The feature conv1_3 of Table 2 is the third convolution of
-               a deep stem.
+               in DeepLabv3+. In Table 2, b1u2c3 is the third convolution of the second
+               unit of the first block, and b3u6c3 likewise; what conv1_3 is, is not
+               said. In the code of [5] it is the third convolution of a deep stem and
+               has 128 channels.
         Here:  ResNet and an ASPP of 256 channels with the rates 6, 12, 18 at output
-               stride 16 and 3, 6, 9 at 32. `--backbone resnet50c` has a deep stem; the
-               stem of `resnet50` is one 7x7 convolution, whose output takes the place
-               of conv1_3.
+               stride 16 and 3, 6, 9 at 32. `fuse-res2` and `fuse-res4` read the ends of
+               these stages. `--backbone resnet50s` has the stem of [5], `resnet50c` one
+               with 64 channels; the stem of `resnet50` is one 7x7 convolution, whose
+               output takes the place of conv1_3.
         Effect: The paper counts the decoder alone, so its FLOPs cannot confirm the
-               encoder. On scores: not measured.
+               encoder. b1u2c3 has as many channels as the end of res2, b3u6c3 as that
+               of res4. Of conv1_3, 64 channels fit 22.34 better than 128 (22.51 and
+               22.91), and 1.13 and 1.56 both. On scores: not measured.
     N8  Start of the new layers.
         Paper: "Gaussian distribution of variance 0.01 and mean 0" (Sec. 4).
         Here:  `init="official"` is the same, and the paper's recipes use it. With
@@ -124,14 +129,15 @@ there is no `convert`: no checkpoint exists that it could translate.
                gives the same output but is turned by one step of SGD k^2 times less. So
                the paper's start needs a long schedule. On scores: not measured.
     N9  "FLOPS" in Tables 2 to 4.
-        Paper: "the amount of computation of the decoder", without a definition or an
-               image size.
+        Paper: "the amount of computation of the decoder including feature aggregation,
+               convolutional decoder and the final upsampling". What counts as one
+               operation, and the size of the image, are not said.
         Here:  Two per multiply-add of the decoder, and two more per logit that W
                draws. They may be the division by T, or that and the sum with the mean
                (N2); `evaluate.py cost` books them at the division. The image has
                513x513 pixels, for Cityscapes 1025x2049.
-        Effect: With this rule 13 of the 14 different numbers round exactly. The last,
-               22.34 of Table 3, fits an image of 512x512.
+        Effect: With this rule the numbers of 13 of the 14 networks round exactly. The
+               last, 22.34 of Table 3, is 22.51, and 22.33 for an image of 512x512.
     N10 Xception.
         Paper: E is 128 on Xception-65 (Sec. 4). Cityscapes (Table 4) has Xception-71,
                without a word on E. So has one row of Table 6.
@@ -153,8 +159,8 @@ there is no `convert`: no checkpoint exists that it could translate.
                ln K. With log T, 0.43 mIoU is reached there, and 0.26 without a
                temperature (one seed each, no fusion; the paper has 73.15 and 69.81).
     N12 Training.
-        Paper: VOC is the official train set of 1,464 images "instead of SBD since it
-               provides more consistent annotations" (Sec. 4.1), for 30,000 iterations
+        Paper: VOC is the official train set of 1,464 images "since it provides more
+               consistent annotations" than SBD (Sec. 4.1), for 30,000 iterations
                with a learning rate of 0.007. Every ResNet has batches of 48 images,
                batch norm over 12 of them, and a decay of 1e-4. Every Xception has 32,
                batch norm over 16, and 4e-5. Cityscapes has Xception-71, 90,000
@@ -247,7 +253,7 @@ SCHEDULE = {"lr": (0.007, PAPER), "iterations": (30_000, PAPER + ", for VOC"),
             "warmup": (0, OPEN), "scale": ((0.5, 2.0), PAPER),
             "photometric": (False, PAPER + ": scale and flip only"),
             "aux_weight": (0.0, "paper: no auxiliary loss is mentioned"),
-            "crop": ((513, 513), "not stated; the FLOPs fit it")}
+            "crop": ((513, 513), "not stated; the FLOPs fit it")}  # [N9]
 XCEPTION = {"batch": (32, PAPER + ", all Xceptions; batch norm over 16 of them there"),
             "weight_decay": (4e-5, PAPER + ", all Xceptions")}
 XCEPTION_65 = XCEPTION | {"backbone": ("xception65", PAPER)}
@@ -327,8 +333,8 @@ def principal_components(label_maps, num_classes: int, *, ratio: int, components
 
     Multiply random vectors Q by C again and again, make them orthonormal in between,
     and they turn towards the leading eigenvectors (subspace iteration, Halko et al.
-    2011, Sec. 4.5)  [N5]. Q needs a few more vectors than E (E + 16 or 2 E, at most N),
-    or the last ones will not have turned after so few passes. In the end the
+    2011, Sec. 4.5)  [N5]. Q has 2 E vectors (at most N), or the last ones wanted will
+    not have turned after so few passes. In the end the
     eigenvectors of the small matrix Q^T C Q rotate Q into the leading eigenvectors of
     C, and the E largest come first. `lost` is a float. `vectors`, below, gives the
     windows chunk by chunk, equal ones with their number as weight; after each chunk,
@@ -572,7 +578,7 @@ class VanillaDecoder(nn.Module):
         self.f = nn.Sequential(
             *separable_conv(channels + reduced * len(fuse), channels),
             *separable_conv(channels, channels))
-        self.classify = nn.Conv2d(channels, num_classes, 1, bias=False)  # [N9]
+        self.classify = nn.Conv2d(channels, num_classes, 1)
 
     def forward(self, context: Tensor, features: dict[str, Tensor]) -> Tensor:
         finest = min(self.fuse, key=STRIDES.get)

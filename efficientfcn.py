@@ -23,7 +23,7 @@ Paper -> code
     | Sec. 3.2, m     | fuse                              | m32, m8 at one size |
     | Eq. (1)         | spatial_softmax                   | A~ from A |
     | Eq. (2)         | codebook                          | c_i = sum A~_i B |
-    | Eq. (3)         | assemble                          | f~8 = W^T C |
+    | Eq. (3)         | assemble                          | f~8 = C W |
     | Sec. 3.2, f^8   | HolisticallyGuidedDecoder.forward | [f~8; G], classifier |
     | Sec. 3.1        | EfficientFCN.decode               | encoder, then decoder |
     | Sec. 3.2, mask  | EfficientFCN.to_pixels            | logits at 1/8, times 8 |
@@ -36,10 +36,10 @@ Notes: what the paper says, what the official code does, what is done here, and 
 it changes. "Code" is jianbo909/efficientFCN, the repository of the first author.
 GMACs and parameters are those of ResNet-101 with 60 classes at 512x512 pixels.
     N1  Cost in Table 1.
-        Paper: 69.6 GMACs and 55.8 M parameters. The paper's counter adds 2 per element
-               of a batch norm and sees none of the matrix products of Eqs. (2) and (3).
-               The parameters include the ImageNet classifier of the encoder, 2.049 M
-               that are not used.
+        Paper: 69.6 GMACs and 55.8 M parameters. How they were counted is not said. Its
+               rows come out with a counter that adds 2 per element of a batch norm and
+               sees none of the matrix products of Eqs. (2) and (3), and with the
+               ImageNet classifier of the encoder, 2.049 M parameters that are not used.
         Code:  Has 60.2 GMACs and 52.2 M by that counter.
         Here:  `default` is the text, with 52.6 GMACs and 50.3 M by that counter. The
                variant `published-cost` has widths that give all costs which Tables 1
@@ -332,11 +332,12 @@ def codebook(weighting: Tensor, base: Tensor) -> Tensor:
 
 # task: minutes=15 points=6 needs=efficientfcn.codebook
 def assemble(weights: Tensor, codewords: Tensor) -> Tensor:
-    """Eq. (3): f~8 = W^T C, at each place its own mixture of the same codewords.
+    """Eq. (3): f~8 = C W, at each place its own mixture of the same codewords.
 
-    weights (B, n, q, r), codewords (B, D, n) -> (B, D, q, r). The features are as fine
-    as W is. But however many places there are, at most n of these features are linearly
-    independent.
+    weights (B, n, q, r), codewords (B, D, n) -> (B, D, q, r). The paper prints W^T C;
+    by its own sizes C is D x n and W is n x q*r, so C W is meant. The features are as
+    fine as W is. But however many places there are, at most n of these features are
+    linearly independent.
     """
     B, n, q, r = weights.shape
     # (B, D, n) x (B, n, q*r) -> (B, D, q*r)
@@ -508,8 +509,9 @@ class FCNDecoder(nn.Module):
 class UNetDecoder(nn.Module):
     """Fig. 1 (c): twice x2, each time beside the encoder's map of that size.  [N10]
 
-    A step up sees a 2x2 (deconvolution) or 3x3 (bilinear) neighbourhood: what is
-    elsewhere in the image cannot help it. This is what the codewords are held against.
+    A step up, with its 3x3 convolution, sees 2x2 (deconvolution) or 3x3 (bilinear)
+    positions of the coarser map: what is elsewhere in the image cannot help it. This is
+    what the codewords are held against.
     """
 
     stride = 8

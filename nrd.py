@@ -94,12 +94,13 @@ mmsegmentation. GMACs are those of 1024x2048 pixels, ResNet-50 and 19 classes.
                checkpoint would mean another g.
     N5  Cost of NRD without guidance.
         Paper: Prints 2.6 GMACs for the decoder and 216.8 in total (Table 1), and 203.2
-               without ASPP (Table 3). By the same way of counting, the g and the
-               controller of its text (P = 643, 512 channels) cost 5.5 and 219.7.
+               for NRD in Table 3, whose networks it does not describe.
         Code:  A development branch of the first author has 8 hidden channels in g and
                256 in the controller. These give the printed numbers.
         Here:  `no-guidance` is the text, `no-guidance-published` meets the numbers.
-        Effect: Costs as above. On scores: not measured.
+               203.2 is met without ASPP and without guidance: `no-aspp`.
+        Effect: By the paper's way of counting, the g and the controller of its text
+               (P = 643, 512 channels) cost 5.5 and 219.7. On scores: not measured.
     N6  Order of classifier and upsampling in the bilinear row of Table 1.
         Paper: "uses a 1x1 convolution .. and then simply uses the bilinear upsampling".
                The printed 1.3 GMACs, however, are those of a 1x1 at 1/4 of the image;
@@ -166,14 +167,17 @@ mmsegmentation. GMACs are those of 1024x2048 pixels, ResNet-50 and 19 classes.
                and ResNet-101.
         Code:  164,000 and 84,000 steps, the first 4,000 of which are the warm-up. It
                begins at a hundredth of the rate. The stem of the ResNets is deep: three
-               3x3 convolutions instead of one 7x7. Stem and first stage of ResNeXt-101
-               are frozen. Images of ADE20K are resized to fit into 2048x512 and those
-               of Context into 520x520, in training and in testing; in training this
-               size is first scaled by 0.5 to 2.
+               3x3 convolutions instead of one 7x7. A GPU has 4 images of a step, which
+               on the paper's four are 16; on ADE20K it has 2, and of how many is not
+               said. Stem and first stage of ResNeXt-101 are frozen. Images of ADE20K
+               are resized to fit into 2048x512 and those of Context into 520x520, in
+               training and in testing; in training this size is first scaled by 0.5 to
+               2.
         Here:  As the code, with the encoders of the tables. But the ResNets have the
                7x7 stem, because torchvision has ImageNet weights for that one;
                `--backbone resnet101c --weights FILE` is the paper's. Nothing is frozen.
                `evaluate.py score --base-size LONG SHORT` resizes test images likewise.
+               A step has 16 images on ADE20K, too, as mmsegmentation's.
         Effect: The deep stem costs 10.0 GMACs more (1024x2048; the demo and
                `evaluate.py cost` have it). On scores: not measured.
     N13 Released checkpoints, and numbers.
@@ -190,6 +194,14 @@ mmsegmentation. GMACs are those of 1024x2048 pixels, ResNet-50 and 19 classes.
         Effect: With equal weights our NRD gives the same logits and gradients as a
                literal restatement of the authors' head (1e-10, float64, see
                tests/test_nrd.py).
+    N14 Testing.
+        Paper: By several scales means 0.5, 0.75, 1, 1.25, 1.5 and 1.75, each mirrored,
+               too (Sec. 3). The network that Cityscapes' server scores (Table 7) is
+               trained on the images of train and val.
+        Code:  One scale. The other five are there as a comment.
+        Here:  `evaluate.py score RUN --scales 0.5 0.75 1 1.25 1.5 1.75 --flip`, and
+               `train.py --train-split trainval`.
+        Effect: Not measured.
 
 Run
     python nrd.py FILE.png                     shapes, and the picture of `explain`
@@ -229,9 +241,9 @@ VARIANTS = {
     # Table 2: hidden channels of g (Cr), channels of the guidance map (Cm)
     "cr8": {"hidden_channels": 8}, "cr32": {"hidden_channels": 32},
     "cm8": {"guidance_channels": 8}, "cm32": {"guidance_channels": 32},
-    # Table 3: ways of upsampling straight on res5, without ASPP
+    # Table 3: ways of upsampling; without ASPP and guidance, as its costs say  [N5]
     "no-aspp": {"context": "conv", "guidance": False, "hidden_channels": 8,
-                "controller_channels": 256},  # [N5]
+                "controller_channels": 256},
     "duc": {"decoder": "duc", "context": "none"},
     "carafe": {"decoder": "carafe", "context": "conv"},
     # Table 4: what g is told. Its first row is `no-guidance`. Its last is `default`,
@@ -244,18 +256,19 @@ PAPER = "paper, Sec. 3"
 MMSEG = "mmsegmentation's default, which Sec. 3 inherits"
 CODE = "official code"
 SCHEDULE = {"lr": (0.01, PAPER), "weight_decay": (5e-4, PAPER),
-            "weights": ("imagenet", PAPER), "batch": (16, MMSEG),
+            "weights": ("imagenet", PAPER),
+            "batch": (16, "official code: 4 on each GPU; Sec. 3: four of them"),
             "momentum": (0.9, MMSEG), "power": (0.9, MMSEG), "min_lr": (1e-4, CODE),
             "warmup": (4000, "Table 3"), "warmup_from": (0.01, CODE),
             "scale": ((0.5, 2.0), MMSEG), "photometric": (True, MMSEG),
             "aux_weight": (0.4, MMSEG)}
-RECIPES = {  # [N12]
+RECIPES = {  # [N12] [N14]
     "cityscapes": SCHEDULE | {
         "backbone": ("resnet50", "Tables 1 to 4"), "crop": ((512, 1024), PAPER),
         "iterations": (84_000, "Table 1; Sec. 3: 80k, and Table 3: 4k of warm-up")},
     "ade20k": SCHEDULE | {
         "backbone": ("resnet101", "Table 5"), "crop": ((512, 512), PAPER),
-        "base_size": ((2048, 512), CODE),
+        "base_size": ((2048, 512), CODE), "batch": (16, MMSEG),
         "iterations": (164_000, "Sec. 3: 160k, and Table 3: 4k of warm-up")},
     # for context59, too
     "context60": SCHEDULE | {
@@ -276,13 +289,14 @@ def coordinate_map(s: int) -> Tensor:
     return torch.stack([x, y])
 
 
-def standardised(q: Tensor) -> Tensor:
+def standardised(coordinates: Tensor) -> Tensor:
     """Mean 0 and variance 1 over the points of a cell.  [N1]
 
     With s = 1 the only point has no variance. The clamp then keeps 0 / 0 away, and the
     coordinates are 0.
     """
-    return (q - q.mean()) / q.std(correction=0).clamp(min=1e-6)
+    deviation = coordinates.std(correction=0).clamp(min=1e-6)
+    return (coordinates - coordinates.mean()) / deviation
 
 
 # task: minutes=10 points=4
@@ -468,10 +482,10 @@ class NRDDecoder(nn.Module):
             self.guidance = GuidanceMap(low_channels, guidance_channels)
         # The coordinates are the same in every cell and are not learned: a buffer
         # travels to the GPU with the model, and this one is left out of checkpoints.
-        q = coordinate_map(points) if coordinates else None
+        told = coordinate_map(points) if coordinates else None
         if coordinates and (guidance or standardise):
-            q = standardised(q)  # [N1]
-        self.register_buffer("coordinates", q, persistent=False)
+            told = standardised(told)  # [N1]
+        self.register_buffer("coordinates", told, persistent=False)
         self.norm = nn.BatchNorm2d(g_inputs) if guidance else nn.Identity()  # [N1]
 
     def forward(self, context: Tensor, features: dict[str, Tensor]) -> Tensor:
@@ -748,9 +762,9 @@ def norm_of_standardised(weight: Tensor, mean: Tensor, var: Tensor, *,
     divides by sqrt(v + eps) and ours by sqrt(1 + eps) what was divided by sqrt(v)
     before. The weight makes up for that. In eval the running variance does.  [N1]
     """
-    q = coordinate_map(8).double()
-    c = q.mean()
-    v = q.var(correction=0)
+    raw = coordinate_map(8).double()
+    c = raw.mean()
+    v = raw.var(correction=0)
     xy = slice(0, 2)
     weight = weight.clone()
     mean = mean.clone()
@@ -817,7 +831,8 @@ def explain(model: NRD, image: Tensor, *, palette=None, classes=None):
                  "own, whose weights θ are predicted")
     draw_overview(above, picture, colours[final], said, cells, s)
     draw_patches(middle, tiles, told, (said != beside).float().mean())
-    draw_layers(below, layers, highest, colours, told)
+    unit = "after the batch norm" if decoder.guidance else "shares of the cell's side"
+    draw_layers(below, layers, highest, colours, told, unit)
     seen = torch.cat([x.flatten() for x in (highest, said, beside, *others)])
     class_legend(names, seen, colours, classes)
     return figure
@@ -979,16 +994,16 @@ def draw_patches(figure, tiles: list[dict[str, Tensor]], told: str,
 
 
 def draw_layers(figure, layers: list[Tensor], shown: Tensor, colours: Tensor,
-                told: str) -> None:
+                told: str, unit: str) -> None:
     """One cell from what g is told to the class at each of its points, 4 maps high.
 
-    Of the logits those of the classes `shown`.
+    `unit` is that of what g is told. Of the logits those of the classes `shown`.
     """
     from matplotlib.patches import Rectangle
     logits = layers[-1]
     layers = [*layers[:-1], logits[shown]]
     widths = [math.ceil(len(x) / 4) for x in layers]
-    texts = [("What g is told", "standard deviations",
+    texts = [("What g is told", unit,
               f"The points of cell A are described to g by {told}."),
              ("Hidden units, first", "after the ReLU",
               "θ weighs what g is told, and black units are off."),

@@ -111,9 +111,10 @@ older code, TorchCV, is mentioned where the two differ.
         Here:  As the code.
         Effect: Not measured.
     N8  Deep supervision and hard pixels.
-        Paper: Sec. 3.3 supervises "intermediate outputs of the decoder" and trains
-               "only on the 10% hardest pixels sorted by cross-entropy loss". It gives
-               neither the weights of the losses nor the set that the 10 % are of.
+        Paper: Sec. 3.3 supervises "intermediate outputs of the decoder" and mines
+               "by only training on the 10% hardest pixels sorted by cross-entropy
+               loss". It gives neither the weights of the losses nor the set that the
+               10 % are of.
         Code:  Each sum has a head whose loss has weight 1. Every loss keeps the pixels
                whose true class has a probability below 0.7, and at least 100,000
                pixels: in SFSegNets of the 2 images of one process, which is 4.8 % of
@@ -257,10 +258,10 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 from torchvision.ops import DeformConv2d, deform_conv2d
 
-from common import (ASPP, Stages, UserError, check_batch, class_patches, conv_bn_relu,
-                    dilate_stage, fcn_heads, full_precision, label_colours,
-                    make_encoder, placed_panel, rows_at, show_errors, synthetic_scene,
-                    viewable, widened)
+from common import (ASPP, Stages, UserError, check_batch, class_patches, conv_bn,
+                    conv_bn_relu, dilate_stage, fcn_heads, full_precision,
+                    label_colours, make_encoder, placed_panel, rows_at, show_errors,
+                    synthetic_scene, viewable, widened)
 
 # --- 1. Config -----------------------------------------------------------------------
 
@@ -550,12 +551,6 @@ class Deformable(nn.Module):
         return moved.to(layer.weight.dtype)
 
 
-def conv_bn(in_channels: int, out_channels: int, stride=1) -> nn.Sequential:
-    """1x1 convolution without bias and batch norm, with no ReLU behind them."""
-    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
-                         nn.BatchNorm2d(out_channels))
-
-
 def conv_bias_bn_relu(in_channels: int, channels: int, kernel: int) -> nn.Sequential:
     """common.conv_bn_relu with the released code's needless bias.  [N9]"""
     return nn.Sequential(nn.Conv2d(in_channels, channels, kernel, padding=kernel // 2),
@@ -692,7 +687,7 @@ def blocks(in_channels: int, groups: list[tuple[int, int]], stride: int):
         for _ in range(count):
             shortcut = None
             if stride > 1 or width != in_channels:
-                shortcut = conv_bn(in_channels, width, stride)
+                shortcut = conv_bn(in_channels, width, stride=stride)
             layers.append(BasicBlock(in_channels, width, stride, shortcut))
             in_channels = width
             stride = 1

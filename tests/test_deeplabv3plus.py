@@ -418,6 +418,84 @@ def test_the_decoder_adds_what_table_3_says(stride, published):
     assert added == pytest.approx(published or 21.76, abs=0.011)
 
 
+def side_in_tensorflow(side, rate):
+    """Positions a side at which TensorFlow computes a dilated 3x3, zeros included.
+
+    It cuts the map with its border of `rate` zeros into rate x rate maps of one size.
+    """
+    return rate * math.ceil((side + 2 * rate) / rate) - 2 * rate
+
+
+def authors_encoder(output_stride, multi_grid):
+    """Multiply-adds of the authors' ResNet-101 at 513x513, and the side of its map.
+
+    A unit: 1x1, 3x3, 1x1. The last unit of a stage has the stride; where it gives it
+    up, the units behind it are dilated instead.
+    """
+    total = 257**2 * 9 * (3 * 64 + 64 * 64 + 64 * 128)  # the deep stem
+    side, stride, rate, channels = 129, 4, 1, 128
+    for width, units in ((64, 3), (128, 4), (256, 23), (512, 3)):
+        for unit in range(units):
+            wanted = 2 if unit == units - 1 and width < 512 else 1
+            step = wanted if stride * wanted <= output_stride else 1
+            dilation = rate * (multi_grid[unit] if width == 512 else 1)
+            after = math.ceil(side / step)
+            at_3x3 = after if step > 1 else side_in_tensorflow(side, dilation)
+            total += side**2 * channels * width
+            total += at_3x3**2 * 9 * width * width
+            total += after**2 * width * 4 * width
+            if channels != 4 * width:
+                total += after**2 * channels * 4 * width  # the shortcut's 1x1
+            rate *= wanted // step
+            stride *= step
+            side, channels = after, 4 * width
+    return total, side
+
+
+def zeros_in_aspp(side, output_stride):
+    """Multiply-adds of ASPP's dilated 3x3 at positions that are thrown away."""
+    more = sum(side_in_tensorflow(side, rate)**2 - side**2
+               for rate in deeplabv3plus.atrous_rates(output_stride))
+    return more * 9 * 2048 * 256
+
+
+@pytest.mark.parametrize("stride, without, with_decoder", [
+    (32, 52.43, 74.20), (16, 81.02, 101.28), (8, 276.18, 297.92)])
+def test_table_3_counts_the_authors_encoder_and_tensorflows_zeros(stride, without,
+                                                                  with_decoder):
+    """N6: strides in last units, multi-grid and padded maps explain five of six costs.
+    """
+    for grid in ((1, 2, 4), (1, 1, 1)):
+        encoder, side = authors_encoder(stride, grid)
+        aspp = 2048 * 256 + side**2 * (2048 * 256 + 5 * 256 * 256 + 3 * 9 * 2048 * 256)
+        shared = encoder + aspp + zeros_in_aspp(side, stride)
+        decoder = 256 * 48 + 9 * 304 * 256 + 9 * 256 * 256 + 256 * 21
+        whole = (shared + 129**2 * decoder) / 1e9
+        alone = (shared + side**2 * 256 * 21) / 1e9
+        if grid == (1, 2, 4):
+            assert alone == pytest.approx(without, rel=0.004)
+            assert whole == pytest.approx(with_decoder,
+                                          rel=0.013 if stride == 16 else 0.003)
+        elif stride == 16:  # the one number that fits a network without multi-grid
+            assert whole == pytest.approx(with_decoder, rel=0.001)
+        else:
+            assert alone < 0.991 * without  # multi-grid is seen at the other strides
+
+
+@pytest.mark.parametrize("stride, without, with_decoder", [
+    (16, 68.00, 89.76), (8, 240.85, 262.59)])
+def test_table_5_counts_tensorflows_zeros_in_aspp(stride, without, with_decoder):
+    """N10: what the rows without separable convolutions have more than ours."""
+    for variant, published in (("no-decoder", without), ("plain", with_decoder)):
+        model, images = common.shapes_only(
+            f"deeplabv3plus:{variant}", 21, (513, 513), backbone="xception65",
+            output_stride=stride)
+        ours = common.count_cost(model, images)["total"]["gmacs"]
+        zeros = zeros_in_aspp(math.ceil(513 / stride), stride) / 1e9
+        assert ours < 0.97 * published
+        assert ours + zeros == pytest.approx(published, rel=0.003)
+
+
 @pytest.mark.parametrize("variant, more", [
     # By hand: k * k * in * out weights, and a batch norm's two numbers per channel.
     ("one-3x3", 304 * 256 * 9 + 512), ("plain", 304 * 256 * 9 + 256 * 256 * 9 + 1024),
