@@ -71,8 +71,8 @@ class Protocol:
 
     scales, flip  passes of the resized and mirrored image
     fuse          mean: of the passes' softmax, as mmsegmentation and most papers;
-                  exp: sum of exp(logits), as PyTorch-Encoding, which trusts scales
-                  with large logits more
+                  exp: sum of exp(logits), as EfficientFCN's code (which takes exp
+                  before it enlarges), which trusts scales with large logits more
     window        (h, w) of sliding windows over the resized image, None: all of it
     stride        from one window to the next; None: two thirds of a window
     base_size     (long, short) into which an image is made to fit before it is scaled,
@@ -429,7 +429,7 @@ class BoundaryF:
 # --- Pictures ------------------------------------------------------------------------
 
 
-def sample_sheet(model, dataset, path: Path, *, device, indices=None,
+def sample_sheet(model, dataset, path: Path, *, device, indices=None, amp="off",
                  protocol=Protocol(), upper_bound=False) -> None:
     """Some images of a split, each as image | truth | prediction | errors."""
     model.eval()
@@ -439,7 +439,7 @@ def sample_sheet(model, dataset, path: Path, *, device, indices=None,
     for index in indices:
         image, truth = dataset.load(index)
         inputs = data.network_input(image, truth, dataset.info, upper_bound)[None]
-        with torch.inference_mode():
+        with torch.inference_mode(), autocast(device, amp):
             guess = predict(model, inputs.to(device), protocol)
         every = math.ceil(truth.shape[1] / 480)  # a large image: some pixels of it
         thin = lambda x: x[..., ::every, ::every].cpu().numpy()
@@ -528,6 +528,8 @@ def command_score(args) -> None:
     """mIoU, accuracies, per-class table and pictures of a checkpoint."""
     device, started = join_processes(args.device), time.time()
     checkpoint = load_checkpoint(args.checkpoint)
+    # Now: a training that goes on may replace the file before the score is there.
+    sha256 = hashlib.sha256(checkpoint_file(args.checkpoint).read_bytes()).hexdigest()
     protocol, dataset = protocol_of(args), open_scored(args, checkpoint)
     folder = Path(args.out or score_folder(args, checkpoint, protocol, dataset))
     if rank_and_world()[0] == 0:
@@ -551,6 +553,7 @@ def command_score(args) -> None:
     if rank > 0:
         return
     report = make_report(args, checkpoint, dataset, matrix, protocol, measures)
+    report["sha256"] = sha256
     report["seconds"] = round(time.time() - started, 1)
     report["peak_gb"] = round(peak_memory(device), 2)
     text = report_text(report, matrix)
@@ -564,7 +567,8 @@ def command_score(args) -> None:
     order = measures["per_image"].order()
     for name, indices in (("worst", order[:4]), ("best", order[:-5:-1])):
         sample_sheet(model, dataset, folder / f"{name}.png", device=device,
-                     indices=indices, protocol=protocol, upper_bound=upper_bound)
+                     indices=indices, amp=args.amp, protocol=protocol,
+                     upper_bound=upper_bound)
     print(f"{folder}: score.json, score.txt, confusion.png, worst.png, best.png"
           f"{', bands.png' if args.bands else ''}")
 
@@ -574,7 +578,8 @@ def score_folder(args, checkpoint: dict, protocol: Protocol, dataset) -> Path:
     file = checkpoint_file(args.checkpoint)
     words = [dataset.info.name, args.split, file.stem, str(checkpoint["iteration"]),
              str(protocol), "" if args.amp == "off" else args.amp,
-             "" if args.convention == "ours" else args.convention]
+             "" if args.convention == "ours" else args.convention,
+             "bands" * args.bands, "boundary-f" * args.boundary_f]
     if args.data_root:  # another place, perhaps other images
         words.append(Path(args.data_root).absolute().as_posix())
     name = re.sub(r"[^\w.]+", "-", " ".join(filter(None, words))).strip("-")
@@ -583,7 +588,7 @@ def score_folder(args, checkpoint: dict, protocol: Protocol, dataset) -> Path:
 
 def make_report(args, checkpoint, dataset, matrix, protocol, measures) -> dict:
     """All that is known of this score, for score.json; NaN becomes null."""
-    number = lambda x: None if x != x else x
+    null = lambda x: None if x != x else x
     file = checkpoint_file(args.checkpoint)
     absent = 0.0 if args.convention == "encoding" else math.nan
     per_image = measures["per_image"]
@@ -594,7 +599,6 @@ def make_report(args, checkpoint, dataset, matrix, protocol, measures) -> dict:
                   matrix.counts.sum(0).tolist())
     report = {
         "checkpoint": file.name, "method": checkpoint["method"],
-        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
         "options": checkpoint["options"], "iteration": checkpoint["iteration"],
         "dataset": dataset.info.name, "split": args.split, "images": matrix.images,
         "protocol": str(protocol), "settings": asdict(protocol) | {"amp": args.amp},
@@ -605,7 +609,7 @@ def make_report(args, checkpoint, dataset, matrix, protocol, measures) -> dict:
         "miou": matrix.miou(absent=absent),
         "mean_accuracy": matrix.mean_accuracy(),
         "pixel_accuracy": matrix.pixel_accuracy(),
-        "classes": {name: {"iou": number(iou), "accuracy": number(accuracy),
+        "classes": {name: {"iou": null(iou), "accuracy": null(accuracy),
                            "truth_pixels": truth, "predicted_pixels": guess}
                     for name, iou, accuracy, truth, guess in columns},
         "worst": [place(i) for i in order[:4]],
@@ -614,7 +618,7 @@ def make_report(args, checkpoint, dataset, matrix, protocol, measures) -> dict:
         bands = measures["bands"]
         report["bands"] = {
             "name": bands.name, "near": bands.near, "without": int(bands.sums[0, 0, 0]),
-            "rows": [[w, number(miou), n] for w, miou, n in bands.results()]}
+            "rows": [[w, null(miou), n] for w, miou, n in bands.results()]}
     if "boundary_f" in measures:
         report["boundary_f"] = measures["boundary_f"].results()
     return report
@@ -720,6 +724,8 @@ def write_submission(args, checkpoint: dict, label) -> None:
 
     Cityscapes: ids 7..33, 8 bit grey; ADE20K: 1..150; VOC: palette PNG, 0..20.
     """
+    if args.images:
+        raise UserError("--submission labels the test split: name no pictures")
     name = checkpoint["dataset"]
     source = data.SOURCES.get(name)
     if not (source and source.pack):
@@ -1188,8 +1194,14 @@ def used_options(checkpoint: dict) -> dict:
     options = checkpoint["options"]
     network = (checkpoint["method"], len(checkpoint["classes"]), checkpoint["backbone"])
     whole = fingerprint(*network, options)
-    return {name: value for name, value in options.items() if whole != fingerprint(
-        *network, {k: v for k, v in options.items() if k != name})}
+
+    def matters(name: str) -> bool:
+        try:
+            return whole != fingerprint(
+                *network, {k: v for k, v in options.items() if k != name})
+        except UserError:  # there is no such network without it
+            return True
+    return {name: value for name, value in options.items() if matters(name)}
 
 
 def run_facts(checkpoint: dict, used: dict) -> dict[str, str]:
@@ -1234,14 +1246,13 @@ def finished_runs(folders: list[str]) -> list[dict]:
     for folder in folders:
         try:
             checkpoint = load_checkpoint(folder)
+            if checkpoint["evaluated"] < checkpoint["steps"]:
+                raise UserError(f"{folder} was scored last after "
+                                f"{checkpoint['evaluated']} of {checkpoint['steps']} "
+                                f"steps")
+            rows.append(run_row(checkpoint) | {"folder": folder})
         except UserError as error:
             print(f"left out: {error}", file=sys.stderr)
-            continue
-        if checkpoint["evaluated"] < checkpoint["steps"]:
-            print(f"left out: {folder} has done {checkpoint['iteration']} of "
-                  f"{checkpoint['steps']} steps", file=sys.stderr)
-            continue
-        rows.append(run_row(checkpoint) | {"folder": folder})
     if not rows:
         raise UserError("no finished run among these")
     return rows
@@ -1254,14 +1265,17 @@ def distinguished(groups: list[list[dict]]) -> list[str]:
         facts = [g[0]["facts"] for g in groups if g[0]["dataset"] == first["dataset"]]
         words = first["name"].split()
         words += [f"{key}={value}" for key, value in first["facts"].items()
-                  if key not in ("method", "backbone", "dataset")
+                  if key != "method"
                   and any(other.get(key, value) != value for other in facts)]
         names.append(" ".join(dict.fromkeys(words)))  # each word once
     return names
 
 
-def by_configuration(folders: list[str]) -> dict[str, list[dict]]:
-    """{name: rows of the finished runs that differ in the seed alone, by seed}."""
+def by_configuration(folders: list[str]) -> list[tuple[str, list[dict]]]:
+    """[(name, rows of the finished runs that differ in the seed alone, by seed)].
+
+    Two may have the same name if they are of different data sets.
+    """
     grouped: dict[str, list[dict]] = {}
     for row in finished_runs(folders):
         grouped.setdefault(json.dumps(row["facts"], sort_keys=True), []).append(row)
@@ -1271,7 +1285,7 @@ def by_configuration(folders: list[str]) -> dict[str, list[dict]]:
             if one["seed"] == two["seed"]:
                 raise UserError(f"{one['folder']} and {two['folder']} are the same run "
                                 f"with the same seed, {one['seed']}: name one of them")
-    return dict(zip(distinguished(groups), groups))
+    return list(zip(distinguished(groups), groups))
 
 
 def command_table(args) -> None:
@@ -1280,7 +1294,7 @@ def command_table(args) -> None:
     Runs that differ in anything but the seed are different lines.
     """
     table = []
-    for name, rows in by_configuration(args.runs).items():
+    for name, rows in by_configuration(args.runs):
         scores = [row["miou"] for row in rows]
         spread = f" ± {np.std(scores, ddof=1):.4f}" if len(scores) > 1 else ""
         table.append({
@@ -1313,22 +1327,33 @@ DRAWS = 2000  # of the bootstrap
 NEAR = 3      # pixels from a class boundary
 
 
+def ious(counts: Tensor) -> Tensor:
+    """(.., K) of confusion matrices (.., K, K); NaN for a class that does not occur."""
+    hits = counts.diagonal(dim1=-2, dim2=-1).double()
+    return hits / (counts.sum(-1) + counts.sum(-2) - hits)
+
+
 def mious(counts: Tensor) -> Tensor:
     """mIoU of confusion matrices (.., K, K), over the classes that occur in each."""
-    hits = counts.diagonal(dim1=-2, dim2=-1).double()
-    return (hits / (counts.sum(-1) + counts.sum(-2) - hits)).nanmean(-1)
+    return ious(counts).nanmean(-1)
 
 
-def bootstrap(counts: Tensor, *, draws=DRAWS) -> Tensor:
+def bootstrap(counts: Tensor, *, block=1, draws=DRAWS) -> Tensor:
     """How else the mIoU might have come out: (R, N, K, K) of R runs -> (R, draws).
 
     For each draw, as many images as there are are drawn with replacement, the same ones
     for every run, and their matrices are added up. So the difference of two runs in one
     draw is that on equal images.
+
+    Images that are drawn one by one are taken for independent. Neighbouring frames of a
+    video are not: they say nearly the same twice, and the interval comes out too
+    narrow. With `block`, that many consecutive images are drawn at a time; the first
+    follows the last (circular block bootstrap, Politis and Romano 1992).
     """
     R, N, K, _ = counts.shape
     generator = torch.Generator().manual_seed(0)
-    picked = torch.randint(N, (draws, N), generator=generator)
+    starts = torch.randint(N, (draws, math.ceil(N / block)), generator=generator)
+    picked = (starts[..., None] + torch.arange(block)).flatten(1)[:, :N] % N
     times = torch.zeros(draws, N).scatter_add_(1, picked, torch.ones(draws, N))
     flat = counts.reshape(R, N, K * K).float()
     summed = (torch.cat([part @ run for part in times.split(100)]) for run in flat)
@@ -1336,8 +1361,8 @@ def bootstrap(counts: Tensor, *, draws=DRAWS) -> Tensor:
 
 
 def interval(values: Tensor) -> tuple[float, float]:
-    """From the 2.5th to the 97.5th percentile."""
-    low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype))
+    """From the 2.5th to the 97.5th percentile of the draws that have a valid pixel."""
+    low, high = values.nanquantile(torch.tensor([0.025, 0.975], dtype=values.dtype))
     return low.item(), high.item()
 
 
@@ -1373,16 +1398,16 @@ def disagreement(labels: Tensor, guesses: list[Tensor]) -> Tensor:
 
 
 def compared_rows(groups: dict[str, list[dict]], seen: Compared,
-                  classes: list[str]) -> list[dict]:
+                  classes: list[str], *, block=1) -> list[dict]:
     """A row per configuration; differences are to the first one, on equal images.
 
     A configuration's mIoU is the mean over its seeds, in every draw of the bootstrap.
     """
     runs = [row for rows in groups.values() for row in rows]
-    drawn, near = bootstrap(seen.counts), mious(seen.near.sum(1))
+    drawn, near = bootstrap(seen.counts, block=block), mious(seen.near.sum(1))
     per_image, whole = mious(seen.counts), mious(seen.counts.sum(1))
-    hits = seen.counts.sum(1).diagonal(dim1=-2, dim2=-1).double()
-    ious = hits / (seen.counts.sum((1, 2)) + seen.counts.sum((1, 3)) - hits)
+    of_classes = ious(seen.counts.sum(1))
+    valid = ~per_image[0].isnan()
     table = []
     first = None
     for name, rows in groups.items():
@@ -1397,21 +1422,26 @@ def compared_rows(groups: dict[str, list[dict]], seen: Compared,
                "gmacs": rows[0]["gmacs"],
                "difference": (whole[mine].mean() - whole[first].mean()).item()}
         row["difference low"], row["difference high"] = interval(better)
-        row |= {"images won": int(ahead.sum()), "images": len(ahead),
+        row |= {"images won": int(ahead.sum()), "images": int(valid.sum()),
                 f"miou within {NEAR} px": near[mine].mean().item(),
                 f"difference within {NEAR} px": (near[mine].mean()
                                                  - near[first].mean()).item()}
         row |= {f"iou {label}": iou for label, iou in
-                zip(classes, ious[mine].mean(0).tolist())}
+                zip(classes, of_classes[mine].mean(0).tolist())}
         table.append(row)
     return table
 
 
-def each_seed(groups: dict[str, list[dict]]) -> dict[str, list[dict]]:
-    """A single configuration is compared with itself: each seed is a group."""
+def compared_groups(groups: list[tuple[str, list[dict]]]) -> dict[str, list[dict]]:
+    """A group per configuration; of a single one each seed is compared with the first.
+    """
+    sets = {rows[0]["dataset"] for _, rows in groups}
+    if len(sets) > 1:
+        raise UserError(f"the runs are of several data sets, {', '.join(sorted(sets))}:"
+                        f" not comparable")
     if len(groups) > 1:
-        return groups
-    ((name, rows),) = groups.items()
+        return dict(groups)
+    name, rows = groups[0]
     if len(rows) == 1:
         raise UserError(f"{rows[0]['folder']} alone: compare needs two finished runs")
     return {f"{name} seed={row['seed']}": [row] for row in rows}
@@ -1449,12 +1479,13 @@ def command_compare(args) -> None:
     The interval is about the images: what other images of the same kind would give. How
     other seeds would come out, the spread over the seeds says, if there are some.
     """
-    groups = each_seed(by_configuration(args.runs))
+    groups = compared_groups(by_configuration(args.runs))
     runs = [row for rows in groups.values() for row in rows]
     checkpoints = [load_checkpoint(row["folder"]) for row in runs]
     dataset = open_compared(args, runs, checkpoints)
     models = [restore(checkpoint, usable(args.device)) for checkpoint in checkpoints]
-    every = max(1, len(dataset) // args.images) if args.images else 1
+    del checkpoints  # weights and optimizers: the models have what is needed
+    every = math.ceil(len(dataset) / args.images) if args.images else 1
     indices = range(0, len(dataset), every)
     loader = data.val_loader(dataset, workers=args.workers, step=every)
     protocol, K = protocol_of(args), len(dataset.info.classes)
@@ -1467,25 +1498,29 @@ def command_compare(args) -> None:
     for step, (inputs, labels) in enumerate(loader):
         seen.update(step, labels[0], guess(inputs))
         progress(step + 1, len(loader))
-    table = compared_rows(groups, seen, dataset.info.classes)
+    table = compared_rows(groups, seen, dataset.info.classes, block=args.block)
+    first = table[0]["method"]
     print(f"{dataset.info.name} {args.split}, {len(indices)} images, {protocol}; "
-          f"differences are to {table[0]['method']}")
+          f"differences are to {first}")
     for row in table:
         spread = ""
         if row["n"] > 1:
             spread = f" ± {row['seeds']:.4f} over {row['n']} seeds"
         print(f"{row['method']}: mIoU {row['miou']:.4f}, 95 % interval "
               f"[{row['low']:.4f}, {row['high']:.4f}]{spread}; within {NEAR} px of a "
-              f"class boundary {row[f'miou within {NEAR} px']:.4f}; ahead in "
-              f"{row['images won']} of {row['images']} images")
+              f"class boundary {row[f'miou within {NEAR} px']:.4f}")
     for row in table[1:]:
-        print(in_words(row, table[0]["method"]))
+        print(in_words(row, first))
+        print(f"  ahead in {row['images won']} of {row['images']} images")
     print(about_seeds(groups))
+    if args.block == 1:
+        print("Images count as independent. If they are frames of a video, these "
+              "intervals are too narrow: see --block.")
     out = make_folder(args.out)
     nulls = [{key: None if value != value else value for key, value in row.items()}
              for row in table]  # JSON knows no NaN
     report = {"dataset": dataset.info.name, "split": args.split, "images": len(indices),
-              "protocol": str(protocol), "draws": DRAWS,
+              "protocol": str(protocol), "draws": DRAWS, "block": args.block,
               "runs": [str(row["folder"]) for row in runs], "rows": nulls}
     (out / "compare.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     write_csv(out / "compare.csv", table)
@@ -1511,8 +1546,9 @@ def open_compared(args, runs: list[dict], checkpoints: list[dict]):
     """The images for all runs, which must have learned the same classes from them."""
     first = checkpoints[0]
     for row, checkpoint in zip(runs, checkpoints):
-        for what in ("dataset", "classes", "train_split", "difficulty", "data_root"):
-            if checkpoint[what] != first[what]:
+        for what in ("classes", "train_split", "difficulty", "data_root"):
+            asked = what == "data_root" and args.data_root  # one place for all
+            if checkpoint[what] != first[what] and not asked:
                 raise UserError(
                     f"{row['folder']} has another {what} than {runs[0]['folder']} "
                     f"({checkpoint[what]!r:.60}, {first[what]!r:.60}): not comparable")
@@ -1578,7 +1614,8 @@ def where_they_differ(labels: Tensor, guesses: list[Tensor]) -> tuple[int, ...]:
     """
     h, w = (max(1, n // 4) for n in labels.shape)
     differ = disagreement(labels, guesses) * dilate(class_boundary(labels), NEAR)
-    density = F.avg_pool2d(differ[None], (h, w), 1)[0]
+    # One side after the other: a square kernel would read each pixel h * w times.
+    density = F.avg_pool2d(F.avg_pool2d(differ[None], (h, 1), 1), (1, w), 1)[0]
     return *divmod(int(density.argmax()), density.shape[1]), h, w
 
 
@@ -1606,6 +1643,7 @@ def draw_numbers(forest, cost, table: list[dict]) -> None:
 # --- speed ---------------------------------------------------------------------------
 
 ROUNDS, WARM_UP = 7, 2
+PARTS = "encoder", "context", "decoder"
 
 
 def synchronise(device) -> None:
@@ -1615,11 +1653,11 @@ def synchronise(device) -> None:
 
 
 class Stopwatch:
-    """Seconds of each call of a model, and in it of its encoder, context, decoder."""
+    """Seconds of each call of a model, and in it of its `parts`."""
 
-    def __init__(self, model: nn.Module, device):
+    def __init__(self, model: nn.Module, device, *, parts=PARTS):
         self.device, self.begun, self.seconds = device, {}, {"total": []}
-        for name in ("encoder", "context", "decoder"):
+        for name in parts:
             if hasattr(model, name):
                 part = getattr(model, name)
                 self.seconds[name] = []
@@ -1671,9 +1709,12 @@ def time_methods(args, size: tuple[int, int], num_classes: int) -> list[dict]:
     What slows the machine down for a while thus slows all of them.
     """
     timed = {}
+    # A clock inside of the network would make torch.compile cut it into pieces.
+    parts = () if args.compile else PARTS
     for spec in args.methods:
         model, images = speed_subject(args, spec, size, num_classes)
-        timed[spec] = Stopwatch(model, args.device), speed_step(model, images, args)
+        timed[spec] = (Stopwatch(model, args.device, parts=parts),
+                       speed_step(model, images, args))
     order = list(timed)
     for turn in range(WARM_UP + args.rounds):
         for spec in order[turn % len(order):] + order[:turn % len(order)]:
@@ -1707,8 +1748,8 @@ def memory_of(args, spec: str, size: tuple[int, int], num_classes: int) -> float
     line = [sys.executable, __file__, "speed", spec, "--size", "{}x{}".format(*size),
             "--classes", str(num_classes), "--backbone", args.backbone, "--batch",
             str(args.batch), "--device", args.device, "--amp", args.amp, "--peak"]
-    done = subprocess.run(line + ["--train"] * args.train, capture_output=True,
-                          text=True)
+    line += ["--train"] * args.train + ["--compile"] * args.compile
+    done = subprocess.run(line, capture_output=True, text=True)
     if done.returncode:
         why = (done.stderr.splitlines() or [f"exit code {done.returncode}"])[-1]
         print(f"warning: memory of {spec} is not known ({why})", file=sys.stderr)
@@ -1737,7 +1778,8 @@ def command_speed(args) -> None:
     else:
         print(f"{'training step' if args.train else 'inference'}, batch {args.batch}, "
               f"{args.backbone}, {args.device}, {torch.get_num_threads()} threads, amp "
-              f"{args.amp}; median of {args.rounds}, quartiles")
+              f"{args.amp}, {'' if args.compile else 'not '}compiled; median of "
+              f"{args.rounds}, quartiles")
         for row in table:
             first = next(r for r in table if all(
                 r[key] == row[key] for key in ("size", "classes")))
@@ -1752,7 +1794,7 @@ def command_speed(args) -> None:
         out = make_folder(args.out)
         write_csv(out / "speed.csv", table)
         speed_picture(table, out / "speed.png")
-        print(f"{out}: speed.csv, speed.png")
+        print(f"{out}: speed.csv, speed.png", file=sys.stderr)  # stdout may be JSON
 
 
 def speed_picture(table: list[dict], path: Path) -> None:
@@ -1778,7 +1820,7 @@ def speed_picture(table: list[dict], path: Path) -> None:
 
 
 def protocol_options() -> argparse.ArgumentParser:
-    """How an image becomes class ids, for score and predict."""
+    """How an image becomes class ids, for score, predict and compare."""
     how = argparse.ArgumentParser(add_help=False)
     group = how.add_argument_group("protocol")
     pixels = number(int, 1)
@@ -1881,7 +1923,10 @@ def parse(argv=None):
     compare.add_argument("--split", default="val", help="default val")
     compare.add_argument("--data-root", metavar="DIR", help="default: as in training")
     compare.add_argument("--images", type=number(int, 1), metavar="N",
-                         help="only so many of them, evenly spaced (default all)")
+                         help="only so many of them at most, evenly spaced (all)")
+    compare.add_argument("--block", type=number(int, 1), default=1, metavar="N",
+                         help="draw N images in a row for the intervals: for frames of "
+                         "a video, longer than what one moment lasts (1)")
     compare.add_argument("--workers", type=number(int), default=2,
                          help="loader processes (2)")
     compare.add_argument("--out", default="compare", metavar="DIR",

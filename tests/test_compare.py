@@ -1,4 +1,5 @@
 """compare: intervals, paired differences, and what they allow to say."""
+import csv
 import json
 import math
 
@@ -52,9 +53,39 @@ def test_the_bootstrap_is_the_literal_loop(counts):
         assert drawn[run].tolist() == pytest.approx(slow, abs=1e-6)
 
 
+def test_neighbouring_frames_are_drawn_together(counts):
+    """Images 2, 3, 4, then 5, 6, 0 and one more: stretches that go round a circle."""
+    drawn = evaluate.bootstrap(counts, block=3, draws=150)
+    starts = torch.randint(7, (150, 3), generator=torch.Generator().manual_seed(0))
+    slow = []
+    for three in starts.tolist():
+        images = [(start + step) % 7 for start in three for step in range(3)][:7]
+        slow.append(miou_slowly(sum(counts[0, i].double() for i in images)))
+    assert drawn[0].tolist() == pytest.approx(slow, abs=1e-6)
+
+
+def test_frames_of_a_video_widen_the_interval():
+    """Each scene has ten equal frames: 100 images, but ten independent ones.
+
+    Drawn one by one they look like 100, and the interval is sqrt(10) times too narrow.
+    """
+    generator = torch.Generator().manual_seed(0)
+    hits = torch.randint(0, 100, (10,), generator=generator).repeat_interleave(10)
+    counts = torch.zeros(1, 100, 2, 2)
+    counts[0, :, 0, 0] = hits
+    counts[0, :, 0, 1] = 100 - hits
+    alone, together = (evaluate.interval(evaluate.bootstrap(counts, block=block)[0])
+                       for block in (1, 10))
+    ratio = (together[1] - together[0]) / (alone[1] - alone[0])
+    assert ratio == pytest.approx(math.sqrt(10), rel=0.25)
+
+
 def test_an_interval_is_of_percentiles():
-    low, high = evaluate.interval(torch.arange(1001, dtype=torch.float64))
-    assert (low, high) == (25, 975)
+    """Of the draws that have a valid pixel: images without any may be all of a draw."""
+    values = torch.arange(1001, dtype=torch.float64)
+    assert evaluate.interval(values) == (25, 975)
+    none = torch.full((9,), math.nan, dtype=torch.float64)
+    assert evaluate.interval(torch.cat([values, none])) == (25, 975)
 
 
 @pytest.fixture(scope="module")
@@ -96,13 +127,13 @@ def test_an_order_is_stated_only_if_the_interval_allows_it(low, high, said):
 
 def test_what_intervals_over_images_leave_out_is_said():
     """Two seeds of one method are its own null; one seed says nothing of others."""
-    a0, a1 = ({"facts": {"method": "a"}, "seed": seed} for seed in (0, 1))
-    b0, b1 = ({"facts": {"method": "b"}, "seed": seed} for seed in (0, 1))
-    alone = evaluate.each_seed({"a": [a0, a1]})
+    a0, a1, b0, b1 = ({"facts": {"method": method}, "seed": seed, "dataset": "streets"}
+                      for method in "ab" for seed in (0, 1))
+    alone = evaluate.compared_groups([("a", [a0, a1])])
     assert alone == {"a seed=0": [a0], "a seed=1": [a1]}
     assert "the seed alone" in evaluate.about_seeds(alone)
     both = {"a": [a0, a1], "b": [b0]}
-    assert evaluate.each_seed(both) is both
+    assert evaluate.compared_groups(list(both.items())) == both
     assert "one run does not say" in evaluate.about_seeds(both)
     assert "spread of the seeds" in evaluate.about_seeds(both | {"b": [b0, b1]})
 
@@ -129,7 +160,7 @@ def test_the_images_that_are_shown_are_not_of_one_moment():
 
 
 def test_pixels_near_a_boundary_and_disagreement_are_counted(monkeypatch):
-    """Two halves: the band has three pixels on each side, void is in neither count."""
+    """Two halves: the band has four pixels on each side, void is in neither count."""
     labels = torch.zeros(10, 20, dtype=torch.uint8)
     labels[:, 10:] = 1
     labels[0] = 255
@@ -173,6 +204,35 @@ def test_runs_side_by_side(two, tmp_path, capsys):
     assert second["miou"] == pytest.approx(scores[2], abs=1e-5)
     assert len((tmp_path / "out/compare.csv").read_text().splitlines()) == 3
     assert Image.open(tmp_path / "out/compare.png").size[0] > 800
+
+
+def test_every_configuration_has_a_line(two, tmp_path, capsys):
+    """Another encoder or data set is another configuration: no run is lost."""
+    state = common.load_checkpoint(two / "a0")
+    for name, change in (("deeper", {"backbone": "resnet34"}),
+                         ("elsewhere", {"dataset": "camvid"}),
+                         ("gone", {"method": "gone"})):
+        (tmp_path / name).mkdir()
+        common.save_checkpoint(state | change, tmp_path / name / "last.pt")
+    call_evaluate("table", two / "a0", two / "a1", *tmp_path.iterdir(), "--csv",
+                  tmp_path / "table.csv")
+    with open(tmp_path / "table.csv", encoding="utf-8") as file:
+        rows = {(row["method"], row["dataset"]): int(row["n"])
+                for row in csv.DictReader(file)}
+    assert "left out: unknown method 'gone'" in capsys.readouterr().err
+    assert rows == {("nrd init=mlp backbone=resnet18", "streets"): 2,
+                    ("nrd init=mlp backbone=resnet34", "streets"): 1,
+                    ("nrd init=mlp", "camvid"): 1}
+    with pytest.raises(SystemExit):
+        call_evaluate("compare", two / "a0", tmp_path / "elsewhere")
+    assert "several data sets, camvid, streets" in capsys.readouterr().err
+
+
+def test_an_option_that_the_encoder_needs_is_one_that_matters():
+    """An encoder of labels has no early features: with guidance there is no network."""
+    checkpoint = {"method": "nrd", "classes": ["a", "b"], "backbone": "labels",
+                  "options": {"guidance": False}}
+    assert evaluate.used_options(checkpoint) == {"guidance": False}
 
 
 def test_what_cannot_be_compared_is_refused(two, tmp_path, capsys):
