@@ -563,7 +563,9 @@ def ohem_cross_entropy(logits: Tensor, labels: Tensor, *, share: float,
 
     Of each image, the `share` of the valid pixels with the largest loss is kept, and
     every pixel whose true class has a probability below `threshold`. Image by image,
-    so that nothing depends on how a batch is divided among processes.
+    so that without a threshold nothing depends on how a batch is divided among
+    processes. With one, the share that is kept differs from image to image, and the
+    mean of a part's pixels is weighted as if all parts had kept equally many.
     """
     losses, valid = pixel_losses(logits, labels)
     kept = []

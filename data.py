@@ -44,6 +44,7 @@ from zlib import crc32
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision import tv_tensors
@@ -203,6 +204,8 @@ def read_mask(path: Path, colours: dict | None = None) -> np.ndarray:
                         f"border between classes. Save masks as PNG")
     if colours and mask.mode == "RGB":
         return ids_of_colours(np.array(mask), colours, path)
+    if colours and mask.mode == "P":
+        check_palette(mask, colours, path)
     if mask.mode not in ("L", "P", "1"):
         cause = "a colour-coded mask? --dataset folder reads it by classes.txt"
         if mask.mode.startswith(("I", "F")):
@@ -210,6 +213,17 @@ def read_mask(path: Path, colours: dict | None = None) -> np.ndarray:
         raise UserError(f"{path}: mask has mode {mask.mode}, expected one 8-bit "
                         f"channel of class ids (L or P); {cause}")
     return np.array(mask, dtype=np.uint8)
+
+
+def check_palette(mask: Image.Image, colours: dict, path: Path) -> None:
+    """Indices are the ids, unless the colours say as clearly that they are others."""
+    indices = np.unique(mask).tolist()
+    palette = mask.getpalette()
+    by_colour = [colours.get(tuple(palette[3 * i:3 * i + 3])) for i in indices]
+    if None not in by_colour and by_colour != indices:
+        raise UserError(f"{path}: a palette mask whose colours are classes.txt's, but "
+                        f"those of other ids than its numbers: save it as RGB if the "
+                        f"colours are right, as grey (L) if the numbers are")
 
 
 def ids_of_colours(mask: np.ndarray, colours: dict, path: Path) -> np.ndarray:
@@ -694,7 +708,7 @@ def read_classes(root: Path, *, warn: bool) -> tuple[tuple, tuple, dict | None]:
     try:
         table = {int(r[0]): (" ".join(r[1:-3]), tuple(map(int, r[-3:]))) for r in rows}
         by_colour = {colour: label for label, (_, colour) in table.items()}
-        if len(table) < len(rows) or not set(sum(by_colour, ())) <= set(range(256)):
+        if len(by_colour) < len(rows) or not set(sum(by_colour, ())) <= set(range(256)):
             raise ValueError
         table.pop(IGNORE_INDEX, None)
         names, colours = zip(*(table[i] for i in range(len(table))))
@@ -703,7 +717,7 @@ def read_classes(root: Path, *, warn: bool) -> tuple[tuple, tuple, dict | None]:
     except (ValueError, KeyError, IndexError):
         raise UserError(f"{path}: every line must be 'id name r g b': ids from 0 on, "
                         f"once each (and 255, if you like, for what is ignored), other "
-                        f"names, r, g, b in 0..255") from None
+                        f"names and other colours, r, g, b in 0..255") from None
     return names, colours, by_colour
 
 
@@ -912,21 +926,26 @@ def random_scale(image: Tensor, labels: Tensor, scale: tuple[float, float],
     """Resize both by one random factor: bilinear for the image, nearest for the labels.
 
     `base_size` is mmsegmentation's img_scale: the factor is that of an image which was
-    made to fit into it. torchvision picks the method by type (tv_tensors.Mask is always
-    nearest), so ids are never blended: the set of ids in a mask cannot grow.
+    made to fit into it. Ids are never blended: the set of ids in a mask cannot grow.
+    What torchvision does with a Mask is not used here (and OpenCV's nearest, so
+    mmsegmentation's, is the same): it reads pixel floor(i / factor), as if pixels were
+    corners, and so moves labels by half a pixel against the image.
     """
     factor = torch.empty(()).uniform_(*scale).item()
     factor *= fit_into(labels.shape[-2:], base_size)
     size = [max(1, round(n * factor)) for n in labels.shape[-2:]]
-    return v2.functional.resize(image, size), v2.functional.resize(labels, size)
+    ids = F.interpolate(labels[None, None].as_subclass(Tensor), size,
+                        mode="nearest-exact")[0, 0]
+    return v2.functional.resize(image, size), tv_tensors.Mask(ids)
 
 
 def random_crop(image: Tensor, labels: Tensor, size: tuple[int, int], *,
                 largest_share=0.75, tries=10):
     """Crop in which no class has more than 75 % of the valid pixels, if ten tries do.
 
-    This is mmsegmentation's cat_max_ratio: less of nothing but road. Images that are
-    too small are padded: with the mean colour, and with 255 in the labels.
+    This is mmsegmentation's cat_max_ratio: less of nothing but road, or of nothing but
+    void. Images that are too small are padded: with the mean colour (which DISTORT may
+    change), and with 255 in the labels.
     """
     fill = {tv_tensors.Image: [round(255 * m) for m in MEAN],
             tv_tensors.Mask: IGNORE_INDEX}
@@ -934,7 +953,7 @@ def random_crop(image: Tensor, labels: Tensor, size: tuple[int, int], *,
     for _ in range(tries):
         cropped = crop(image, labels)
         counts = torch.bincount(cropped[1].flatten(), minlength=256)[:IGNORE_INDEX]
-        if counts.max() <= largest_share * counts.sum():
+        if 0 < counts.max() <= largest_share * counts.sum():
             break
     return cropped
 
@@ -959,8 +978,9 @@ def network_input(image: Tensor, labels: Tensor, info: Info,
 
 
 FLIP = v2.RandomHorizontalFlip()
-# The ranges of SSD's distortion, as mmsegmentation has them. torchvision's own
-# RandomPhotometricDistort also swaps colour channels: blue streets under red skies.
+# The ranges of torchvision's RandomPhotometricDistort, which also swaps channels: blue
+# streets under red skies. mmsegmentation turns the hue twice as far (0.1), adds to the
+# brightness what is a factor here, and tosses a coin for each of the four.
 DISTORT = v2.RandomApply([v2.ColorJitter(32 / 255, 0.5, 0.5, 0.05)], p=0.5)
 
 
@@ -1043,9 +1063,11 @@ class Batches(torch.utils.data.Sampler):
 
     def __init__(self, length: int, batch: int, *, start: int, stop: int, seed: int,
                  rank=0, world=1):
+        if length < 2:
+            raise UserError(f"{length} training images: batch norm needs two in a step")
         if length < batch:
             raise UserError(f"batch {batch} is larger than the training set ({length} "
-                            f"images); pass --batch {max(2, length)} or less")
+                            f"images); pass --batch {length} or less")
         self.length, self.batch, self.seed = length, batch, seed
         self.start, self.stop = start, stop
         self.mine = slice(rank * batch // world, (rank + 1) * batch // world)

@@ -180,6 +180,25 @@ def test_folder_takes_names_and_colours_from_classes_txt(tmp_path):
     with pytest.raises(UserError,
                        match="illegal label values 2 .* legal are 0..1 and 255"):
         data.open_dataset("folder", "train", root=str(root)).load(0)
+    (root / "classes.txt").write_text("0 road 1 2 3\n1 car 1 2 3\n")
+    with pytest.raises(UserError, match="other names and other colours"):
+        data.open_dataset("folder", "train", root=str(root))
+
+
+def test_a_palette_that_contradicts_its_numbers_is_refused(tmp_path):
+    """Some programs save a mask of colours as numbers of their own with a palette."""
+    colours = {(1, 2, 3): 0, (4, 5, 6): 1}
+    ids = np.array([[0, 1]], np.uint8)
+    for palette, fits in (([1, 2, 3, 4, 5, 6], True), ([4, 5, 6, 1, 2, 3], False),
+                          ([9, 9, 9, 8, 8, 8], True)):  # colours of no class: numbers
+        mask = Image.fromarray(ids, "P")
+        mask.putpalette(palette)
+        mask.save(tmp_path / "m.png")
+        if fits:
+            assert (data.read_mask(tmp_path / "m.png", colours) == ids).all()
+            continue
+        with pytest.raises(UserError, match="colours are classes.txt's, but those of"):
+            data.read_mask(tmp_path / "m.png", colours)
 
 
 def test_folder_overlooks_what_is_hidden(tmp_path):
@@ -385,6 +404,43 @@ def test_image_and_labels_move_together():
         a, b = data.FLIP(*data.random_crop(*scaled, (64, 96)))
         agree = (a[0].int() - 20 * b.int()).abs() <= 10
         assert agree.float().mean() > 0.75, "labels slid against the image"
+
+
+@pytest.mark.parametrize("factor", [0.75, 0.8, 1.3, 1.5])
+def test_labels_are_not_moved_against_the_image_by_a_scale(factor):
+    """The centres of white squares stay those of their labels, on average.
+
+    torch's "nearest" and OpenCV's read pixel floor(i / factor), half a pixel beside it.
+    """
+    offsets = []
+    for top, left in torch.randint(5, 35, (40, 2)).tolist():
+        labels = torch.zeros(61, 83, dtype=torch.uint8)
+        labels[top:top + 20, left:left + 24] = 1
+        image = tv_tensors.Image(labels.expand(3, -1, -1) * 255)
+        image, labels = data.random_scale(image, tv_tensors.Mask(labels),
+                                          (factor, factor))
+        offsets.append(centre(labels) - centre(image[0]))
+    offset = torch.stack(offsets).mean(0)
+    assert offset.abs().max() < 0.2, f"labels lie {offset.tolist()} pixels beside"
+
+
+def centre(mass):
+    """(row, column) of the centre of gravity."""
+    mass = mass.double()
+    rows, columns = (torch.arange(n, dtype=torch.float64) for n in mass.shape)
+    return torch.stack([(mass.sum(1) * rows).sum(), (mass.sum(0) * columns).sum()]
+                       ) / mass.sum()
+
+
+def test_a_crop_of_nothing_but_void_is_not_taken():
+    """As mmsegmentation's rule; at the first try three of four crops hold no label."""
+    labels = torch.full((64, 64), 255, dtype=torch.uint8)
+    labels[:32, :32] = torch.arange(32) % 3
+    image = tv_tensors.Image(torch.zeros(3, 64, 64, dtype=torch.uint8))
+    for seed in range(20):
+        torch.manual_seed(seed)
+        _, crop = data.random_crop(image, tv_tensors.Mask(labels), (16, 16), tries=200)
+        assert (crop != 255).any()
 
 
 def test_crop_avoids_one_class_filling_it():
