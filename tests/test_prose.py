@@ -269,12 +269,12 @@ def test_speeds_are_those_of_the_tables():
 def test_comparisons_are_those_of_the_tables():
     """compare's sentence about two seeds, and its rows about a drive, from its csv."""
     tables = []
-    for name in ("seeds", "drive"):
+    for name in ("seeds", "drive", "drive-neighbours", "drive-frames"):
         with open(ROOT / f"results/compare-{name}.csv", newline="") as file:
             tables.append([{"method": row.pop("method").split()[0]} | {
                 key: float(value) for key, value in row.items()}
                 for row in csv.DictReader(file)])
-    (_, other), drive = tables
+    (_, other), drive, neighbours, frames = tables
     between = evaluate.in_words(other, "nrd").partition(": ")[2]
     assert between in " ".join(RESULTS.split())
     for row in drive:
@@ -284,6 +284,12 @@ def test_comparisons_are_those_of_the_tables():
                  f"{row['images won']:.0f}", f"{row['miou within 3 px']:.4f}",
                  f"{row['gmacs']:.2f}")
         assert f"| {' | '.join(cells)} |" in RESULTS, row["method"]
+    for before, after in zip(neighbours, drive, strict=True):
+        line = f"| `{after['method']}` | {before['miou']:.4f} | {after['miou']:.4f} |"
+        assert line in RESULTS and before["method"] == after["method"]
+    width = lambda row: row["difference high"] - row["difference low"]
+    wider = sorted(width(a) / width(b) for a, b in zip(drive[1:], frames[1:]))
+    assert f"become {wider[0]:.1f} to {wider[-1]:.1f} times as wide" in RESULTS
 
 
 def test_readme_lists_every_encoder():
