@@ -71,8 +71,8 @@ class Protocol:
 
     scales, flip  passes of the resized and mirrored image
     fuse          mean: of the passes' softmax, as mmsegmentation and most papers;
-                  exp: sum of exp(logits), as EfficientFCN's code (which takes exp
-                  before it enlarges), which trusts scales with large logits more
+                  exp: sum of exp(logits), which trusts scales with large logits more;
+                  the code of arXiv:2008.10487 does so, before it enlarges them
     window        (h, w) of sliding windows over the resized image, None: all of it
     stride        from one window to the next; None: two thirds of a window
     base_size     (long, short) into which an image is made to fit before it is scaled,

@@ -210,7 +210,7 @@ def test_readme_names_files_that_exist():
     for text, folder in ((README, ROOT), (RESULTS, ROOT / "results")):
         for name in re.findall(r"\]\(([\w./-]+)\)", text):
             assert (folder / name).exists(), f"a link to {name}"
-        headings = re.findall(r"^## (.*)$", text, re.M)
+        headings = re.findall(r"^##+ (.*)$", text, re.M)
         anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
                    for heading in headings}
         assert set(re.findall(r"\]\(#([\w-]+)\)", text)) <= anchors
