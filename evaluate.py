@@ -1447,9 +1447,10 @@ def compared_groups(groups: list[tuple[str, list[dict]]]) -> dict[str, list[dict
     return {f"{name} seed={row['seed']}": [row] for row in rows}
 
 
-def in_words(row: dict, first: str) -> str:
-    """What the interval of a difference allows to say."""
+def in_words(row: dict, first_row: dict) -> str:
+    """What the interval of a difference, and the spread over seeds, allow to say."""
     name = row["method"]
+    first = first_row["method"]
     low = row["difference low"]
     high = row["difference high"]
     between = f"{row['difference']:+.4f}, 95 % interval [{low:+.4f}, {high:+.4f}]"
@@ -1457,7 +1458,13 @@ def in_words(row: dict, first: str) -> str:
         return (f"{name} and {first} are not told apart by these images: {between}. "
                 f"Other images of this kind may order them otherwise.")
     order = "ahead of" if row["difference"] > 0 else "behind"
-    return f"{name} is {order} {first} on images of this kind: {between}."
+    said = f"{name} is {order} {first} on images of this kind: {between}."
+    # Of a difference of two means over seeds; NaN if one of them has one seed.
+    error = math.sqrt(sum(each["seeds"]**2 / each["n"] for each in (row, first_row)))
+    if abs(row["difference"]) < 2 * error:
+        said += (f" But the seeds differ by as much (standard error {error:.4f}): "
+                 f"other trainings of the two may come out otherwise.")
+    return said
 
 
 def about_seeds(groups: dict[str, list[dict]]) -> str:
@@ -1510,7 +1517,7 @@ def command_compare(args) -> None:
               f"[{row['low']:.4f}, {row['high']:.4f}]{spread}; within {NEAR} px of a "
               f"class boundary {row[f'miou within {NEAR} px']:.4f}")
     for row in table[1:]:
-        print(in_words(row, first))
+        print(in_words(row, table[0]))
         print(f"  ahead in {row['images won']} of {row['images']} images")
     print(about_seeds(groups))
     if args.block == 1:

@@ -421,6 +421,8 @@ def check_given(args, values: dict) -> None:
                         "--dataset that is there")
     if args.dataset != "streets" and "difficulty" in given:
         raise UserError(f"--difficulty: is one of streets, not of {args.dataset}")
+    if "weights" in given and args.finetune_from:
+        raise UserError("--weights and --finetune-from: give one of them")
     if "channels" in given and sets_channels(args):
         raise UserError("--channels and --set channels=..: give one of them")
 
@@ -534,6 +536,8 @@ def training_loader(run: Run):
 
 def total_steps(values: dict, images: int) -> int:
     total = values["iterations"] or values["epochs"] * (images // values["batch"])
+    if not total:
+        raise UserError("--iterations 0 and --epochs 0: no step at all")
     if values["warmup"] >= total:
         raise UserError(f"a warm-up of {values['warmup']} steps in a run of {total}: "
                         f"pass --warmup {total // 10}, or more --iterations")

@@ -121,8 +121,21 @@ def test_differences_are_paired_and_over_seeds(seen):
     (-0.02, -0.001, "b is behind a")])
 def test_an_order_is_stated_only_if_the_interval_allows_it(low, high, said):
     row = {"method": "b", "difference": (low + high) / 2, "difference low": low,
-           "difference high": high}
-    assert said in evaluate.in_words(row, "a")
+           "difference high": high, "seeds": math.nan, "n": 1}
+    words = evaluate.in_words(row, {"method": "a", "seeds": 0.01, "n": 2})
+    assert said in words and "seeds" not in words
+
+
+def test_seeds_that_differ_by_as_much_are_said():
+    """0.003 between two means over seeds that spread by 0.0049 and 0.0098 is nothing.
+    """
+    first = {"method": "a", "seeds": 0.0049, "n": 2}
+    row = {"method": "b", "difference": -0.003, "difference low": -0.0054,
+           "difference high": -0.0007, "seeds": 0.0098, "n": 2}
+    words = evaluate.in_words(row, first)
+    assert "b is behind a" in words and "standard error 0.0077" in words
+    far = {"difference": -0.18, "difference low": -0.19, "difference high": -0.17}
+    assert "standard error" not in evaluate.in_words(row | far, first)
 
 
 def test_what_intervals_over_images_leave_out_is_said():
