@@ -207,7 +207,8 @@ def read_mask(path: Path, colours: dict | None = None) -> np.ndarray:
     if colours and mask.mode == "P":
         check_palette(mask, colours, path)
     if mask.mode not in ("L", "P", "1"):
-        cause = "a colour-coded mask? --dataset folder reads it by classes.txt"
+        cause = ("a colour-coded mask? --dataset folder reads it by classes.txt, if "
+                 "each class has a colour of its own there")
         if mask.mode.startswith(("I", "F")):
             cause = "a 16- or 32-bit mask?"
         raise UserError(f"{path}: mask has mode {mask.mode}, expected one 8-bit "
@@ -220,7 +221,8 @@ def check_palette(mask: Image.Image, colours: dict, path: Path) -> None:
     indices = np.unique(mask).tolist()
     palette = mask.getpalette()
     by_colour = [colours.get(tuple(palette[3 * i:3 * i + 3])) for i in indices]
-    if None not in by_colour and by_colour != indices:
+    clear = None not in by_colour and len(set(by_colour)) == len(indices)
+    if clear and by_colour != indices:
         raise UserError(f"{path}: a palette mask whose colours are classes.txt's, but "
                         f"those of other ids than its numbers: save it as RGB if the "
                         f"colours are right, as grey (L) if the numbers are")
@@ -692,7 +694,8 @@ def read_classes(root: Path, *, warn: bool) -> tuple[tuple, tuple, dict | None]:
     """Names and colours from classes.txt, and {colour: id}, with that of 255.
 
     Without the file, made up from the training masks' ids, if `warn` with a warning of
-    ids that none has; masks cannot be colour-coded then.
+    ids that none has; masks cannot be colour-coded then, nor where two classes have one
+    colour.
     """
     path = root / "classes.txt"
     if not path.is_file():
@@ -708,8 +711,9 @@ def read_classes(root: Path, *, warn: bool) -> tuple[tuple, tuple, dict | None]:
     try:
         table = {int(r[0]): (" ".join(r[1:-3]), tuple(map(int, r[-3:]))) for r in rows}
         by_colour = {colour: label for label, (_, colour) in table.items()}
-        if len(by_colour) < len(rows) or not set(sum(by_colour, ())) <= set(range(256)):
+        if len(table) < len(rows) or not set(sum(by_colour, ())) <= set(range(256)):
             raise ValueError
+        distinct = len(by_colour) == len(table)
         table.pop(IGNORE_INDEX, None)
         names, colours = zip(*(table[i] for i in range(len(table))))
         if not all(names) or len(set(names)) < len(names):
@@ -717,8 +721,8 @@ def read_classes(root: Path, *, warn: bool) -> tuple[tuple, tuple, dict | None]:
     except (ValueError, KeyError, IndexError):
         raise UserError(f"{path}: every line must be 'id name r g b': ids from 0 on, "
                         f"once each (and 255, if you like, for what is ignored), other "
-                        f"names and other colours, r, g, b in 0..255") from None
-    return names, colours, by_colour
+                        f"names, r, g, b in 0..255") from None
+    return names, colours, by_colour if distinct else None
 
 
 def warn_of_gaps(root: Path, found: set[int]) -> None:

@@ -236,7 +236,7 @@ RECIPES = {  # [N9]
     # NRD's Table 5, which has ResNet-50 and ResNet-101
     "ade20k": MMSEG_SCHEDULE | {
         "backbone": ("resnet101", "NRD, Table 5"),
-        "crop": ((512, 512), "NRD, Sec. 3"),
+        "crop": ((512, 512), "NRD, Sec. 3"), "batch": (16, MMSEGMENTATION),
         "base_size": ((2048, 512), "NRD's code, as mmsegmentation"),
         "iterations": (164_000, "NRD, Sec. 3: 160k, and Table 3: 4k of warm-up")},
 }

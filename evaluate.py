@@ -1264,9 +1264,13 @@ def distinguished(groups: list[list[dict]]) -> list[str]:
     for first in (group[0] for group in groups):
         facts = [g[0]["facts"] for g in groups if g[0]["dataset"] == first["dataset"]]
         words = first["name"].split()
-        words += [f"{key}={value}" for key, value in first["facts"].items()
-                  if key != "method"
-                  and any(other.get(key, value) != value for other in facts)]
+        own = first["facts"]
+        # Width is not in a run's name, and a paper's recipe does not state it.
+        wider = any("channels" not in other and other["method"] == own["method"]
+                    for other in facts)
+        words += [f"{key}={value}" for key, value in own.items() if key != "method"
+                  and (any(other.get(key, value) != value for other in facts)
+                       or key == "channels" and wider)]
         names.append(" ".join(dict.fromkeys(words)))  # each word once
     return names
 
@@ -1439,6 +1443,8 @@ def compared_groups(groups: list[tuple[str, list[dict]]]) -> dict[str, list[dict
     if len(sets) > 1:
         raise UserError(f"the runs are of several data sets, {', '.join(sorted(sets))}:"
                         f" not comparable")
+    if len(dict(groups)) < len(groups):
+        raise RuntimeError(f"two configurations have one name: {dict(groups).keys()}")
     if len(groups) > 1:
         return dict(groups)
     name, rows = groups[0]
@@ -1494,6 +1500,10 @@ def command_compare(args) -> None:
     del checkpoints  # weights and optimizers: the models have what is needed
     every = math.ceil(len(dataset) / args.images) if args.images else 1
     indices = range(0, len(dataset), every)
+    if args.block > max(1, len(indices) // 5):
+        raise UserError(f"--block {args.block}: {len(indices)} images have fewer than "
+                        f"five such blocks, and an interval would say nothing; pass "
+                        f"{max(1, len(indices) // 5)} or less")
     loader = data.val_loader(dataset, workers=args.workers, step=every)
     protocol, K = protocol_of(args), len(dataset.info.classes)
     seen = Compared(len(runs), len(indices), K)
@@ -1554,8 +1564,13 @@ def open_compared(args, runs: list[dict], checkpoints: list[dict]):
     first = checkpoints[0]
     for row, checkpoint in zip(runs, checkpoints):
         for what in ("classes", "train_split", "difficulty", "data_root"):
-            asked = what == "data_root" and args.data_root  # one place for all
-            if checkpoint[what] != first[what] and not asked:
+            if checkpoint[what] == first[what]:
+                continue
+            if what == "data_root" and args.data_root:  # it may only have been moved
+                print(f"warning: {row['folder']} has learned from {checkpoint[what]}, "
+                      f"{runs[0]['folder']} from {first[what]}: not comparable if "
+                      f"these are other images", file=sys.stderr)
+            else:
                 raise UserError(
                     f"{row['folder']} has another {what} than {runs[0]['folder']} "
                     f"({checkpoint[what]!r:.60}, {first[what]!r:.60}): not comparable")
@@ -1932,8 +1947,8 @@ def parse(argv=None):
     compare.add_argument("--images", type=number(int, 1), metavar="N",
                          help="only so many of them at most, evenly spaced (all)")
     compare.add_argument("--block", type=number(int, 1), default=1, metavar="N",
-                         help="draw N images in a row for the intervals: for frames of "
-                         "a video, longer than what one moment lasts (1)")
+                         help="draw N of these images in a row for the intervals: for "
+                         "frames of a video, longer than what one moment lasts (1)")
     compare.add_argument("--workers", type=number(int), default=2,
                          help="loader processes (2)")
     compare.add_argument("--out", default="compare", metavar="DIR",

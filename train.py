@@ -219,7 +219,8 @@ def refresh_batch_norm(run: Run) -> None:
     7x9 cells a 3x3 convolution of dilation 9 reads little but zero padding, in one of
     12x15 it reads features. On CamVid, with such crops: 13 to 19 points of mIoU.
     The images are shuffled, because the variance is a mean over those of the batches:
-    in a batch of neighbouring frames it is too small (1 to 3 points on CamVid).
+    in a batch of images that follow each other it is too small (0 to 2.5 points of mIoU
+    on a drive of CamVid, see results/README.md).
     Of several processes, all do the same work here.
     """
     torch.manual_seed(run.args.seed)  # dropout is on: no memory of what was before
@@ -240,7 +241,8 @@ def finish(run: Run, seconds: float) -> None:
     if run.rank == 0:
         with not_vital("samples.png"):
             sample_sheet(run.model, run.val_set, run.folder / "samples.png",
-                         device=run.device, upper_bound=run.upper_bound,
+                         device=run.device, amp=run.args.amp,
+                         upper_bound=run.upper_bound,
                          protocol=protocol_of(run))
     print(run.matrix.summary(protocol=str(protocol_of(run)),
                              expected_images=len(run.val_set)))
@@ -403,10 +405,11 @@ def check_values(args, values: dict) -> None:
         raise UserError("--base-size: two sides, or 0 0 for each image's own size")
     if any(values["base_size"]) and values["bn_images"]:
         raise UserError("--bn-images reads images at their own size, --base-size "
-                        "scores others: drop one of them")
+                        "scores others: pass --bn-images 0 or --base-size 0 0")
     if "channels" in args.given:
         check_option(args.method, "channels")
-    check_given(args, values)
+    if not args.resume:  # there check_same lists what has changed
+        check_given(args, values)
 
 
 def check_given(args, values: dict) -> None:
@@ -421,7 +424,7 @@ def check_given(args, values: dict) -> None:
                         "--dataset that is there")
     if args.dataset != "streets" and "difficulty" in given:
         raise UserError(f"--difficulty: is one of streets, not of {args.dataset}")
-    if "weights" in given and args.finetune_from:
+    if "weights" in given and args.weights != "none" and args.finetune_from:
         raise UserError("--weights and --finetune-from: give one of them")
     if "channels" in given and sets_channels(args):
         raise UserError("--channels and --set channels=..: give one of them")
@@ -1010,7 +1013,8 @@ def check_same(checkpoint: dict, now: dict) -> None:
         if before != value:
             what = "the last bits may differ"
             if name in ("processes", "accumulate"):
-                what = "batch norm sees other parts of a batch, so the run is another"
+                what = ("batch norm may see other parts of a batch, and then the run "
+                        "is another")
             print(f"warning: {name} was {before}, is {value}: {what}", file=sys.stderr)
 
 

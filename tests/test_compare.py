@@ -203,6 +203,9 @@ def two(tmp_path_factory):
 def test_runs_side_by_side(two, tmp_path, capsys):
     """The numbers of `score`, and files that hold what was said."""
     runs = [two / "a0", two / "a1", two / "b"]
+    with pytest.raises(SystemExit):
+        call_evaluate("compare", *runs, "--workers", 0, "--block", 2)
+    assert "fewer than five such blocks" in capsys.readouterr().err
     call_evaluate("compare", *runs, tmp_path / "none", "--workers", 0, "--out",
                   tmp_path / "out")
     said = capsys.readouterr()
@@ -239,6 +242,25 @@ def test_every_configuration_has_a_line(two, tmp_path, capsys):
     with pytest.raises(SystemExit):
         call_evaluate("compare", two / "a0", tmp_path / "elsewhere")
     assert "several data sets, camvid, streets" in capsys.readouterr().err
+
+
+def test_a_width_that_only_one_run_states_tells_them_apart():
+    """A paper's recipe has no width, `--channels 64` has one: two names, not one."""
+    narrow = {"name": "nrd", "dataset": "ade20k", "facts": {"method": "nrd"}}
+    other = narrow | {"facts": {"method": "nrd", "channels": "64"}}
+    assert evaluate.distinguished([[narrow], [other]]) == ["nrd", "nrd channels=64"]
+
+
+def test_data_may_have_been_moved(two, tmp_path, capsys):
+    """Asked for, another place is taken, with a warning: it may hold other images."""
+    state = common.load_checkpoint(two / "b")
+    common.save_checkpoint(state | {"data_root": "there"}, tmp_path / "last.pt")
+    runs = [two / "a0", tmp_path, "--workers", 0, "--out", tmp_path / "o"]
+    with pytest.raises(SystemExit):
+        call_evaluate("compare", *runs)
+    assert "has another data_root" in capsys.readouterr().err
+    call_evaluate("compare", *runs, "--data-root", "here")
+    assert "has learned from there" in capsys.readouterr().err
 
 
 def test_an_option_that_the_encoder_needs_is_one_that_matters():

@@ -78,8 +78,11 @@ def test_bn_images_of_one_batch_are_not_neighbours(tmp_path, monkeypatch):
     """Frames of a video are alike: the variance within batches of them is too small."""
     orders = []
     whole_loader = data.whole_loader
-    monkeypatch.setattr(data, "whole_loader", lambda dataset, indices, *a, **k: (
-        orders.append(indices), whole_loader(dataset, indices, *a, **k))[1])
+
+    def noted(dataset, indices, *args, **options):
+        orders.append(indices)
+        return whole_loader(dataset, indices, *args, **options)
+    monkeypatch.setattr(data, "whole_loader", noted)
     launch(*PAIRS, "--iterations", 2, "--bn-images", 6, "--out", tmp_path)
     assert sorted(orders[0]) == [0, 1, 2, 3, 4, 5], "an image more than once, or never"
     assert orders[0] != sorted(orders[0]), "in the order of the file names"
@@ -287,7 +290,8 @@ MISTAKES = [
     ("--scale 2 1", "--scale 2.0 1.0: from the smaller to the larger"),
     ("--min-lr 1", "--min-lr 1.0: above --lr"),
     ("--base-size 2048 0", "--base-size: two sides, or 0 0"),
-    ("--base-size 64 32 --bn-images 8", "drop one of them"),
+    ("--base-size 64 32 --bn-images 8", "pass --bn-images 0 or --base-size 0 0"),
+    ("--dataset camvid --base-size 480 360", "pass --bn-images 0 or --base-size 0 0"),
     ("--epochs 0 --iterations 0", "no step at all"),
     ("--epochs 2 --iterations 3", "--epochs and --iterations: give one of them"),
     ("--ohem-threshold 0.7", "--ohem-threshold: needs --ohem"),
