@@ -269,12 +269,13 @@ def test_speeds_are_those_of_the_tables():
 def test_comparisons_are_those_of_the_tables():
     """compare's sentence about two seeds, and its rows about a drive, from its csv."""
     tables = []
-    for name in ("seeds", "inputs", "drive", "drive-neighbours", "drive-frames"):
+    for name in ("seeds", "inputs", "drive", "drive-neighbours", "drive-frames",
+                 "drive-again"):
         with open(ROOT / f"results/compare-{name}.csv", newline="") as file:
             tables.append([{"method": row.pop("method").split()[0]} | {
                 key: float(value) for key, value in row.items()}
                 for row in csv.DictReader(file)])
-    (first, other), inputs, drive, neighbours, frames = tables
+    (first, other), inputs, drive, neighbours, frames, again = tables
     between = evaluate.in_words(other, first).partition(": ")[2]
     assert between in " ".join(RESULTS.split())
     for row in inputs:
@@ -289,6 +290,12 @@ def test_comparisons_are_those_of_the_tables():
                  f"{row['difference low']:+.4f} to {row['difference high']:+.4f}",
                  f"{row['images won']:.0f}", f"{row['miou within 3 px']:.4f}",
                  f"{row['gmacs']:.2f}")
+        assert f"| {' | '.join(cells)} |" in RESULTS, row["method"]
+    for row in again:
+        cells = (f"`{row['method']}`", f"{row['miou']:.4f}",
+                 f"{row['difference']:+.4f}",
+                 f"{row['difference low']:+.4f} to {row['difference high']:+.4f}",
+                 f"{row['miou within 3 px']:.4f}")
         assert f"| {' | '.join(cells)} |" in RESULTS, row["method"]
     for before, after in zip(neighbours, drive, strict=True):
         line = f"| `{after['method']}` | {before['miou']:.4f} | {after['miou']:.4f} |"
