@@ -649,7 +649,7 @@ def identity(args, values: dict, options: dict, device, train_set, val_set) -> d
 
 
 def environment(device: torch.device, args) -> dict:
-    """On what a result depends besides the recipe, if only in its last bits."""
+    """On what a result depends besides the recipe, often only in its last bits."""
     return {"python": platform.python_version(), "torch": str(torch.__version__),
             "torchvision": str(torchvision.__version__), "device": device.type,
             "threads": torch.get_num_threads(), "processes": rank_and_world()[1],
