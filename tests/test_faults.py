@@ -244,10 +244,11 @@ def test_a_finished_run_says_so(stopped, capsys):
 
 
 def test_workers_and_parts_may_change_on_resume(stopped, capsys):
-    """Another machine has other cores and another memory; it is the same images' run."""
+    """Another machine has other cores and another memory: a warning, the same steps."""
     launch("--resume", stopped, "--workers", 2, "--accumulate", 2)
     said = capsys.readouterr()
-    assert "at iteration 2" in said.out and "accumulate was 1, is 2: batch norm" in said.err
+    assert "at iteration 2" in said.out
+    assert "accumulate was 1, is 2: batch norm may see other" in said.err
     assert "1 processes x 2 parts x 2 images" in said.out
     rows = [row["iteration"] for row in rows_of(stopped) if row["loss"]]
     assert rows == ["1", "2", "3", "4"], "steps were repeated or left out"
