@@ -931,9 +931,9 @@ def random_scale(image: Tensor, labels: Tensor, scale: tuple[float, float],
 
     `base_size` is mmsegmentation's img_scale: the factor is that of an image which was
     made to fit into it. Ids are never blended: the set of ids in a mask cannot grow.
-    What torchvision does with a Mask is not used here (and OpenCV's nearest, so
-    mmsegmentation's, is the same): it reads pixel floor(i / factor), as if pixels were
-    corners, and so moves labels by half a pixel against the image.
+    torchvision's resize of a Mask is not used, because it reads pixel floor(i / factor)
+    and so moves labels by half a pixel against the image. (OpenCV's nearest, which
+    mmsegmentation uses, does the same.)
     """
     factor = torch.empty(()).uniform_(*scale).item()
     factor *= fit_into(labels.shape[-2:], base_size)

@@ -154,7 +154,7 @@ mmsegmentation, in which NRD's authors ran the DeepLabv3+ that they compare with
                them, and within 0.3 % with the padding of N6 in ASPP. On scores: not
                measured.
     N11 Low-level features of a ResNet.
-        Paper: Sec. 3.1: those of the same size, "e.g., Conv2 before striding".
+        Paper: Sec. 3.1: those of the same size; of ResNet-101, Conv2 before its stride.
         Code:  The third convolution of the second unit of the first stage, before the
                sum. The third unit has the stride (N3).
         Here:  The end of the first stage, as mmsegmentation: res2.

@@ -115,8 +115,8 @@ there is no `convert`: no checkpoint exists that it could translate.
                output takes the place of conv1_3.
         Effect: The paper counts the decoder alone, so its FLOPs cannot confirm the
                encoder. b1u2c3 has as many channels as the end of res2, b3u6c3 as that
-               of res4. Of conv1_3, 64 channels fit 22.34 better than 128 (22.51 and
-               22.91), and 1.13 and 1.56 both. On scores: not measured.
+               of res4. For conv1_3, 64 channels fit better: the 22.34 of Table 3 is
+               22.51 with 64 and 22.91 with 128. On scores: not measured.
     N8  Start of the new layers.
         Paper: "Gaussian distribution of variance 0.01 and mean 0" (Sec. 4).
         Here:  `init="official"` is the same, and the paper's recipes use it. With

@@ -528,7 +528,7 @@ def command_score(args) -> None:
     """mIoU, accuracies, per-class table and pictures of a checkpoint."""
     device, started = join_processes(args.device), time.time()
     checkpoint = load_checkpoint(args.checkpoint)
-    # Now: a training that goes on may replace the file before the score is there.
+    # Not after the scoring: a training that goes on replaces the file.
     sha256 = hashlib.sha256(checkpoint_file(args.checkpoint).read_bytes()).hexdigest()
     protocol, dataset = protocol_of(args), open_scored(args, checkpoint)
     folder = Path(args.out or score_folder(args, checkpoint, protocol, dataset))
@@ -1266,11 +1266,11 @@ def distinguished(groups: list[list[dict]]) -> list[str]:
         words = first["name"].split()
         own = first["facts"]
         # Width is not in a run's name, and a paper's recipe does not state it.
-        wider = any("channels" not in other and other["method"] == own["method"]
-                    for other in facts)
+        unstated = any("channels" not in other and other["method"] == own["method"]
+                       for other in facts)
         words += [f"{key}={value}" for key, value in own.items() if key != "method"
                   and (any(other.get(key, value) != value for other in facts)
-                       or key == "channels" and wider)]
+                       or key == "channels" and unstated)]
         names.append(" ".join(dict.fromkeys(words)))  # each word once
     return names
 

@@ -167,17 +167,17 @@ mmsegmentation. GMACs are those of 1024x2048 pixels, ResNet-50 and 19 classes.
                and ResNet-101.
         Code:  164,000 and 84,000 steps, the first 4,000 of which are the warm-up. It
                begins at a hundredth of the rate. The stem of the ResNets is deep: three
-               3x3 convolutions instead of one 7x7. A GPU has 4 images of a step, which
-               on the paper's four are 16; on ADE20K it has 2, and of how many is not
-               said. Stem and first stage of ResNeXt-101 are frozen. Images of ADE20K
-               are resized to fit into 2048x512 and those of Context into 520x520, in
-               training and in testing; in training this size is first scaled by 0.5 to
-               2.
+               3x3 convolutions instead of one 7x7. Each GPU has 4 images, so a step on
+               the paper's four has 16. On ADE20K each has 2, and how many GPUs there
+               were is not said. Stem and first stage of ResNeXt-101 are frozen. Images
+               of ADE20K are resized to fit into 2048x512 and those of Context into
+               520x520, in training and in testing; in training this size is first
+               scaled by 0.5 to 2.
         Here:  As the code, with the encoders of the tables. But the ResNets have the
                7x7 stem, because torchvision has ImageNet weights for that one;
                `--backbone resnet101c --weights FILE` is the paper's. Nothing is frozen.
                `evaluate.py score --base-size LONG SHORT` resizes test images likewise.
-               A step has 16 images on ADE20K, too, as mmsegmentation's.
+               On ADE20K a step has 16 images as well, as mmsegmentation's.
         Effect: The deep stem costs 10.0 GMACs more (1024x2048; the demo and
                `evaluate.py cost` have it). On scores: not measured.
     N13 Released checkpoints, and numbers.
@@ -198,7 +198,7 @@ mmsegmentation. GMACs are those of 1024x2048 pixels, ResNet-50 and 19 classes.
         Paper: By several scales means 0.5, 0.75, 1, 1.25, 1.5 and 1.75, each mirrored,
                too (Sec. 3). The network that Cityscapes' server scores (Table 7) is
                trained on the images of train and val.
-        Code:  One scale. The other five are there as a comment.
+        Code:  One scale. The list of six is there as a comment.
         Here:  `evaluate.py score RUN --scales 0.5 0.75 1 1.25 1.5 1.75 --flip`, and
                `train.py --train-split trainval`.
         Effect: Not measured.

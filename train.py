@@ -170,7 +170,8 @@ def learning_rate(iteration: int, values: dict, total: int) -> float:
     """
     poly = (1 - iteration / total) ** values["power"]
     rate = (values["lr"] - values["min_lr"]) * poly + values["min_lr"]
-    start, warmup = values["warmup_from"], values["warmup"]
+    start = values["warmup_from"]
+    warmup = values["warmup"]
     if iteration >= warmup:
         return rate
     if start:

@@ -433,7 +433,10 @@ def authors_encoder(output_stride, multi_grid):
     up, the units behind it are dilated instead.
     """
     total = 257**2 * 9 * (3 * 64 + 64 * 64 + 64 * 128)  # the deep stem
-    side, stride, rate, channels = 129, 4, 1, 128
+    side = 129
+    stride = 4
+    rate = 1
+    channels = 128
     for width, units in ((64, 3), (128, 4), (256, 23), (512, 3)):
         for unit in range(units):
             wanted = 2 if unit == units - 1 and width < 512 else 1
@@ -448,7 +451,8 @@ def authors_encoder(output_stride, multi_grid):
                 total += after**2 * channels * 4 * width  # the shortcut's 1x1
             rate *= wanted // step
             stride *= step
-            side, channels = after, 4 * width
+            side = after
+            channels = 4 * width
     return total, side
 
 
