@@ -1408,8 +1408,10 @@ def compared_rows(groups: dict[str, list[dict]], seen: Compared,
     A configuration's mIoU is the mean over its seeds, in every draw of the bootstrap.
     """
     runs = [row for rows in groups.values() for row in rows]
-    drawn, near = bootstrap(seen.counts, block=block), mious(seen.near.sum(1))
+    drawn = bootstrap(seen.counts, block=block)
+    drawn_near = bootstrap(seen.near, block=block)
     per_image, whole = mious(seen.counts), mious(seen.counts.sum(1))
+    near = mious(seen.near.sum(1))
     of_classes = ious(seen.counts.sum(1))
     valid = ~per_image[0].isnan()
     table = []
@@ -1417,19 +1419,23 @@ def compared_rows(groups: dict[str, list[dict]], seen: Compared,
     for name, rows in groups.items():
         mine = [i for i, run in enumerate(runs) if run in rows]
         first = first or mine
-        better = drawn[mine].mean(0) - drawn[first].mean(0)
         ahead = per_image[mine].mean(0) > per_image[first].mean(0)
         low, high = interval(drawn[mine].mean(0))
+        gain_low, gain_high = interval(drawn[mine].mean(0) - drawn[first].mean(0))
+        near_low, near_high = interval(drawn_near[mine].mean(0)
+                                       - drawn_near[first].mean(0))
         row = {"method": name, "n": len(mine), "miou": whole[mine].mean().item(),
                "low": low, "high": high,
                "seeds": whole[mine].std().item() if len(mine) > 1 else math.nan,
                "gmacs": rows[0]["gmacs"],
-               "difference": (whole[mine].mean() - whole[first].mean()).item()}
-        row["difference low"], row["difference high"] = interval(better)
-        row |= {"images won": int(ahead.sum()), "images": int(valid.sum()),
-                f"miou within {NEAR} px": near[mine].mean().item(),
-                f"difference within {NEAR} px": (near[mine].mean()
-                                                 - near[first].mean()).item()}
+               "difference": (whole[mine].mean() - whole[first].mean()).item(),
+               "difference low": gain_low, "difference high": gain_high,
+               "images won": int(ahead.sum()), "images": int(valid.sum()),
+               f"miou within {NEAR} px": near[mine].mean().item(),
+               f"difference within {NEAR} px": (near[mine].mean()
+                                                - near[first].mean()).item(),
+               f"difference within {NEAR} px low": near_low,
+               f"difference within {NEAR} px high": near_high}
         row |= {f"iou {label}": iou for label, iou in
                 zip(classes, of_classes[mine].mean(0).tolist())}
         table.append(row)
@@ -1528,7 +1534,10 @@ def command_compare(args) -> None:
               f"class boundary {row[f'miou within {NEAR} px']:.4f}")
     for row in table[1:]:
         print(in_words(row, table[0]))
-        print(f"  ahead in {row['images won']} of {row['images']} images")
+        at = f"difference within {NEAR} px"
+        print(f"  ahead in {row['images won']} of {row['images']} images; within {NEAR} "
+              f"px of a boundary {row[at]:+.4f} [{row[f'{at} low']:+.4f}, "
+              f"{row[f'{at} high']:+.4f}]")
     print(about_seeds(groups))
     if args.block == 1:
         print("Images count as independent. If they are frames of a video, these "

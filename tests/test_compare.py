@@ -101,7 +101,7 @@ def test_differences_are_paired_and_over_seeds(seen):
               "b": [{"gmacs": 2.0, "run": 1}]}
     order = torch.tensor([0, 2, 1])  # as the groups list them
     mixed = evaluate.Compared(3, 7, 4)
-    mixed.counts, mixed.near = seen.counts[order], seen.near[order]
+    mixed.counts, mixed.near = seen.counts[order], seen.near[order, :5]
     a, b = evaluate.compared_rows(groups, mixed, ["w", "x", "y", "z"])
     whole = [miou_slowly(images.sum(0).double()) for images in seen.counts]
     assert a["miou"] == pytest.approx((whole[0] + whole[2]) / 2)
@@ -113,6 +113,10 @@ def test_differences_are_paired_and_over_seeds(seen):
     paired = drawn[1] - (drawn[0] + drawn[2]) / 2
     assert (b["difference low"], b["difference high"]) == pytest.approx(
         evaluate.interval(paired)), "not of the same images"
+    drawn = evaluate.bootstrap(seen.near[:, :5])
+    paired = drawn[1] - (drawn[0] + drawn[2]) / 2
+    at_boundary = [b[f"difference within 3 px{which}"] for which in (" low", " high")]
+    assert at_boundary == pytest.approx(evaluate.interval(paired)), "of all pixels"
     assert a["low"] < a["miou"] < a["high"] and "iou z" in a
 
 
