@@ -577,7 +577,7 @@ def ohem_cross_entropy(logits: Tensor, labels: Tensor, *, share: float,
             if threshold:
                 floor = floor.clamp(max=-math.log(threshold))
             kept.append(loss[loss.detach() >= floor])
-    return torch.cat(kept).mean() if kept else logits.sum() * 0.0
+    return torch.cat(kept).mean() if kept else (logits * 0.0).sum()
 
 
 def segmentation_loss(outputs: dict, labels: Tensor, *, aux_weight=0.4, ohem=0.0,
@@ -1190,6 +1190,8 @@ def usable(device: str) -> str:
     except (RuntimeError, AssertionError) as error:  # the latter: torch without CUDA
         said = str(error).splitlines()[0]
         raise UserError(f"--device {device}: {said:.200}") from None
+    if ":" in device and device.startswith("cuda"):
+        torch.cuda.set_device(device)  # else NCCL and the loader take the first GPU
     return device
 
 
@@ -1204,9 +1206,7 @@ def join_processes(device: str) -> str:
             "RANK", "LOCAL_RANK", "WORLD_SIZE"))
         if not rank < world:  # torch would wait for the others
             raise ValueError(f"there is no process {rank} of {world}")
-        if device == "cuda":
-            device = f"cuda:{local}"
-            torch.cuda.set_device(device)
+        device = usable(f"cuda:{local}" if device == "cuda" else device)
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo",
                                 timeout=PATIENCE)
     except (RuntimeError, ValueError, KeyError) as error:  # the last: not set
@@ -1215,6 +1215,12 @@ def join_processes(device: str) -> str:
             f"{str(error).splitlines()[0]:.200}); did torchrun start them all, and is "
             f"the port free? For one process alone, unset WORLD_SIZE", code=1) from None
     return device
+
+
+def told_rank() -> int:
+    """The rank that torchrun has given this process, also before they have met."""
+    rank = os.environ.get("RANK", "")
+    return int(rank) if "WORLD_SIZE" in os.environ and rank.isdigit() else 0
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -1346,7 +1352,6 @@ def show_errors(argv: list[str] | None = None):
                 raise
             # An error from a loader process arrives inside that process' traceback.
             said = str(error).rsplit("UserError: ")[-1].strip() or "interrupted"
-            rank = os.environ.get("RANK", "0")
-            who = "" if rank == "0" else f"[process {rank}] "
+            who = f"[process {told_rank()}] " if told_rank() else ""
             print(f"{who}error: {said}", file=sys.stderr)
             sys.exit(4 if named else getattr(error, "code", 130))

@@ -1118,10 +1118,11 @@ def loader(dataset, workers: int, **options) -> torch.utils.data.DataLoader:
         generator=torch.Generator())  # of its own: it must not touch the model's
 
 
-def train_loader(dataset, batches: Batches, *, workers: int, **augmentation):
+def train_loader(dataset, batches: Batches, *, workers: int, pin_memory=False,
+                 **augmentation):
     """Iterates over (images (B, 3, H, W) float32, labels (B, H, W) uint8)."""
     return loader(Augmented(dataset, seed=batches.seed, **augmentation), workers,
-                  batch_sampler=batches, pin_memory=torch.cuda.is_available(),
+                  batch_sampler=batches, pin_memory=pin_memory,
                   prefetch_factor=4 if workers else None)
 
 

@@ -1217,6 +1217,7 @@ def run_facts(checkpoint: dict, used: dict) -> dict[str, str]:
         "data_root", "finetune_from")}
     facts |= {name: checkpoint["environment"][name] for name in (
         "device", "processes", "accumulate", "compile", "commit")}
+    facts |= {name: checkpoint["args"][name] for name in ("tf32", "deterministic")}
     return {name: str(value) for name, value in facts.items()}
 
 

@@ -47,7 +47,7 @@ from common import (ABOVE_ZERO, FORMAT, IGNORE_INDEX, LABELS, PATIENCE, Damaged,
                     check_option, join_processes, load_checkpoint, load_method,
                     make_folder, method_options, methods, number, out_of_memory,
                     peak_memory, progress, rank_and_world, save_checkpoint,
-                    segmentation_loss, show_errors)
+                    segmentation_loss, show_errors, told_rank)
 from evaluate import Protocol, sample_sheet, score_dataset
 
 # --- Part 1. The lesson --------------------------------------------------------------
@@ -199,10 +199,13 @@ def evaluate(run: Run, asked: Signals) -> None:
         same_buffers(run.model)
     if run.values["bn_images"]:
         refresh_batch_norm(run)
+    benchmark = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False  # each size of image would be tuned for
     matrix = score_dataset(run.model, run.val_set, device=run.device,
                            protocol=protocol_of(run),
                            workers=run.args.workers, amp=run.args.amp,
                            upper_bound=run.upper_bound, stopped=lambda: asked.signal)
+    torch.backends.cudnn.benchmark = benchmark
     if matrix is None:
         return
     run.evaluated, run.miou, run.matrix = run.done, matrix.miou(), matrix
@@ -230,6 +233,9 @@ def refresh_batch_norm(run: Run) -> None:
                                workers=run.args.workers, upper_bound=run.upper_bound)
     with autocast(run.device, run.args.amp):
         torch.optim.swa_utils.update_bn(loader, run.model, device=run.device)
+    if len(picked) % run.values["batch"] or len(picked) < run.values["bn_images"]:
+        print(f"  batch norm's statistics are of {len(loader) * run.values['batch']} "
+              f"images: full batches of {run.values['batch']}, of {len(picked)}")
 
 
 def protocol_of(run: Run) -> Protocol:
@@ -387,6 +393,8 @@ def make_recipe(args) -> dict[str, tuple]:
         recipe["iterations"] = (0, "command line")
     if args.finetune_from:
         recipe["weights"] = ("none", "--finetune-from brings its own")
+    if recipe["backbone"][0] == LABELS:
+        recipe["weights"] = ("none", "labels need no encoder")
     return recipe
 
 
@@ -427,6 +435,8 @@ def check_given(args, values: dict) -> None:
         raise UserError(f"--difficulty: is one of streets, not of {args.dataset}")
     if "weights" in given and args.weights != "none" and args.finetune_from:
         raise UserError("--weights and --finetune-from: give one of them")
+    if "weights" in given and args.weights != "none" and values["backbone"] == LABELS:
+        raise UserError(f"--weights: --backbone {LABELS} is no network that has some")
     if "channels" in given and sets_channels(args):
         raise UserError("--channels and --set channels=..: give one of them")
 
@@ -532,6 +542,7 @@ def training_loader(run: Run):
                            stop=run.total, seed=run.args.seed, rank=run.rank,
                            world=run.world)
     return data.train_loader(run.train_set, batches, workers=run.args.workers,
+                             pin_memory=run.device.type == "cuda",
                              crop=values["crop"], scale=values["scale"],
                              base_size=values["base_size"],
                              photometric=values["photometric"],
@@ -655,6 +666,7 @@ def environment(device: torch.device, args) -> dict:
             "torchvision": str(torchvision.__version__), "device": device.type,
             "threads": torch.get_num_threads(), "processes": rank_and_world()[1],
             "accumulate": args.accumulate, "compile": args.compile,
+            "tf32": args.tf32, "deterministic": args.deterministic,
             "commit": source_version()}
 
 
@@ -677,8 +689,8 @@ def set_up(device: torch.device, args) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = not args.deterministic
-        # TF32: factors of float32 products are rounded to 10 bits, the sums are not.
-        torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
+        # TF32: the factors of a convolution are rounded to 10 bits, its sums are not.
+        # Products of matrices stay exact: full_precision needs them.
         torch.backends.cudnn.allow_tf32 = bool(args.tf32)
 
 
@@ -719,7 +731,7 @@ OPTIONS = {  # all that is not in the recipe
     "accumulate": Option(1, "a process' images go through the network in so many parts "
                             "(1)", 1, metavar="PARTS"),
     "compile": Option(False, "torch.compile the network", flag=True),
-    "tf32": Option(1, "on a GPU round the factors of float32 products to 10 bits (1)",
+    "tf32": Option(1, "on a GPU round the factors of convolutions to 10 bits (1)",
                    choices=(0, 1)),
     "deterministic": Option(False, "repeatable algorithms on a GPU; torch warns of "
                                    "operations without one", flag=True),
@@ -771,7 +783,7 @@ def parse(argv=None) -> argparse.Namespace:
 
 
 def main(argv=None) -> int:
-    quiet = os.environ.get("RANK", "0") != "0"  # of several processes one talks
+    quiet = told_rank() > 0  # of several processes one talks
     with show_errors(argv), open(os.devnull, "w") as nowhere:
         with redirect_stdout(nowhere) if quiet else nullcontext():
             try:
@@ -839,8 +851,10 @@ def distribute(run: Run) -> None:
         run.network,
         device_ids=[run.device.index] if run.device.type == "cuda" else None,
         # Every parameter has a gradient in every step, unless a method begins with a
-        # loss of its own, which need not ask all of them.
-        find_unused_parameters=run.values["pretrain"] > 0)
+        # loss of its own, which need not ask all of them. On CPUs this option has
+        # another use: without it DDP sorts its gradients anew after the first step, and
+        # a resumed run of three processes would add them up in another order.
+        find_unused_parameters=run.device.type == "cpu" or run.values["pretrain"] > 0)
 
 
 def same_buffers(model: nn.Module) -> None:
@@ -875,17 +889,25 @@ CHECKPOINTS = ("last.pt", "prev.pt", "best.pt")
 
 
 def own_folder(run: Run) -> Path:
-    """The run's folder, made and locked by rank 0, known to all."""
-    folder = [None]
+    """The run's folder, made and locked by rank 0; all know it, or why there is none.
+    """
+    told = [None, None]
     if run.rank == 0:
-        path = Path(run.args.resume) if run.args.resume else new_folder(run.args)
-        run.lock = run.lock or lock(path)
-        for name in ("last.tmp", "best.tmp", "log.tmp"):  # of a process that was killed
-            (path / name).unlink(missing_ok=True)
-        folder = [str(path)]
+        try:
+            path = Path(run.args.resume) if run.args.resume else new_folder(run.args)
+            run.lock = run.lock or lock(path)
+            told = [str(path), None]
+        except UserError as error:
+            told = [None, str(error)]
     if run.world > 1:
-        dist.broadcast_object_list(folder, 0)
-    return Path(folder[0])
+        dist.broadcast_object_list(told, 0)
+    folder, refused = told
+    if refused:
+        raise UserError(refused)
+    if run.rank == 0:
+        for name in ("last.tmp", "best.tmp", "log.tmp"):  # of a process that was killed
+            (Path(folder) / name).unlink(missing_ok=True)
+    return Path(folder)
 
 
 def new_folder(args) -> Path:
@@ -963,7 +985,7 @@ def newest_checkpoint(folder: Path) -> dict:
             continue
         if faults:
             print(f"warning: {faults[0]}; going on from {name}", file=sys.stderr)
-            if os.environ.get("RANK", "0") == "0" and (folder / "last.pt").exists():
+            if told_rank() == 0 and (folder / "last.pt").exists():
                 # Else the next save would put it in the place of the good one.
                 os.replace(folder / "last.pt", folder / "damaged.pt")
         return checkpoint
@@ -983,7 +1005,7 @@ def resume_point(args):
     if not folder.is_dir():
         raise UserError(f"--resume {folder}: no such folder" if not folder.exists() else
                         f"--resume takes a folder: --resume {folder.parent}")
-    held = lock(folder) if os.environ.get("RANK", "0") == "0" else None
+    held = lock(folder) if told_rank() == 0 else None
     checkpoint = newest_checkpoint(folder)
     for name, value in checkpoint["args"].items():
         if name not in args.given:
@@ -1010,7 +1032,7 @@ def check_same(checkpoint: dict, now: dict) -> None:
             "leave it as it was, or start a new run (--finetune-from takes over the "
             "weights)"]))
     for name, value in now["environment"].items():
-        before = checkpoint["environment"][name]
+        before = checkpoint["environment"].get(name, value)
         if before != value:
             what = "the last bits may differ"
             if name in ("processes", "accumulate"):

@@ -159,10 +159,14 @@ def test_loss_ignores_255_and_nothing_else():
 
 
 @pytest.mark.parametrize("ohem", [0.0, 0.1])
-def test_all_ignored_crop_gives_exactly_zero(ohem):
-    """Loss 0.0 and gradient 0, where torch's own mean is NaN."""
-    logits = torch.randn(2, 3, 4, 4, requires_grad=True)
-    labels = torch.full((2, 4, 4), IGNORE_INDEX, dtype=torch.uint8)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_all_ignored_crop_gives_exactly_zero(ohem, dtype):
+    """Loss 0.0 and gradient 0, where torch's own mean is NaN.
+
+    0 times the sum of the logits would be NaN in fp16, where the sum overflows.
+    """
+    logits = (torch.randn(2, 3, 99, 99) + 3).to(dtype).requires_grad_()
+    labels = torch.full((2, 99, 99), IGNORE_INDEX, dtype=torch.uint8)
     loss, _ = common.segmentation_loss({"out": logits, "aux": [logits]}, labels,
                                        ohem=ohem)
     loss.backward()

@@ -113,6 +113,20 @@ def test_an_environment_that_torchrun_did_not_make(environment, said, tmp_path,
     assert said in train_ends(capsys, 1, *FOUR_STEPS, "--out", tmp_path).err
 
 
+def test_a_rank_without_a_world_is_a_variable_left_over(monkeypatch, capsys):
+    """RANK alone makes nobody one of several: the run talks, and owns its folder."""
+    monkeypatch.setenv("RANK", "1")
+    assert "--method" in train_ends(capsys, 0, "--help").out
+
+
+def test_a_device_that_is_none_is_not_blamed_on_the_meeting(monkeypatch, capsys):
+    """Under torchrun, too, the sentence is about --device."""
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, str(int(name == "WORLD_SIZE")))
+    said = train_ends(capsys, 2, *FOUR_STEPS, "--device", "gpu").err
+    assert "--device gpu" in said and "did not meet" not in said
+
+
 def alone(argv, seconds):
     """train.main of a process whose fellows never come."""
     common.PATIENCE = common.timedelta(seconds=seconds)

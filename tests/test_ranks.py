@@ -74,43 +74,43 @@ def train_ranks(argv, rank_to_stop=None, step=0, number=signal.SIGTERM):
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    """Four steps by two processes; nobody stops them."""
+def three_ranks(tmp_path_factory):
+    """Four steps by three processes; nobody stops them."""
     folder = tmp_path_factory.mktemp("ranks")
-    settings = [*TINY, "--iterations", 4, "--eval-every", 2]
-    processes = ranks(2, train_ranks, [*settings, "--out", folder / "whole"],
+    settings = [*TINY, "--batch", 6, "--iterations", 4, "--eval-every", 2]
+    processes = ranks(3, train_ranks, [*settings, "--out", folder / "whole"],
                       output=folder / "said")
-    assert ended(processes) == [0, 0], (folder / "said").read_text()[-2000:]
+    assert ended(processes) == [0, 0, 0], (folder / "said").read_text()[-2000:]
     return folder / "whole", settings
 
 
-def test_only_the_first_process_talks_and_writes(two_ranks, tmp_path, capsys):
+def test_only_the_first_process_talks_and_writes(three_ranks, tmp_path, capsys):
     """One log, one line per step; the mIoU is that of one process, to the digit.
 
     Each process has running statistics of its own images: rank 0's are everybody's.
     """
-    folder, _ = two_ranks
+    folder, _ = three_ranks
     said = (folder.parent / "said").read_text()
     assert said.count("best mIoU on val") == 1
-    assert "4 images per step (command line) = 2 processes x 1 parts x 2" in said
+    assert "6 images per step (command line) = 3 processes x 1 parts x 2" in said
     steps = [row["iteration"] for row in rows_of(folder)]
     assert steps == ["1", "2", "2", "3", "4", "4"]
     call_evaluate("score", folder, "--workers", 0, "--out", tmp_path)
     assert f"mIoU {load_checkpoint(folder)['miou']:.4f}" in capsys.readouterr().out
 
 
-def test_a_signal_to_one_process_stops_all_after_the_same_step(two_ranks, tmp_path):
-    """Exit 143 everywhere, saved once; resumed by two, the run is the same to the bit.
+def test_a_signal_to_one_process_stops_all_after_the_same_step(three_ranks, tmp_path):
+    """Exit 143 everywhere, saved once; resumed, the run is the same to the bit.
 
-    With one process it goes on as well, from the same step.
+    Three, because the sum of two gradients does not depend on their order.
     """
-    whole, settings = two_ranks
+    whole, settings = three_ranks
     said, cut = tmp_path / "said", tmp_path / "cut"
-    stopped = ranks(2, train_ranks, [*settings, "--out", cut], 1, 3, output=said)
-    assert ended(stopped) == [143, 143], said.read_text()[-2000:]
+    stopped = ranks(3, train_ranks, [*settings, "--out", cut], 1, 3, output=said)
+    assert ended(stopped) == [143, 143, 143], said.read_text()[-2000:]
     assert load_checkpoint(cut / "last.pt")["iteration"] == 3
-    resumed = ranks(2, train_ranks, ["--resume", cut], output=said)
-    assert ended(resumed) == [0, 0], said.read_text()[-2000:]
+    resumed = ranks(3, train_ranks, ["--resume", cut], output=said)
+    assert ended(resumed) == [0, 0, 0], said.read_text()[-2000:]
     assert_same(contents(whole), contents(cut))
 
 
@@ -157,6 +157,15 @@ def test_processes_that_were_asked_for_different_things_do_not_start(tmp_path):
                         said.read_text())
     assert set(differ) == {("amp", "'off'", "'bf16'"), ("iterations", "4", "3"),
                            ("lr", "0.05", "0.5")}
+
+
+def test_a_folder_that_the_first_process_refuses_all_refuse(tmp_path):
+    """One sentence each, and no traceback of those who waited to hear its name."""
+    (tmp_path / "best.pt").touch()
+    argv = [*TINY, "--iterations", 4, "--out", tmp_path]
+    assert ended(ranks(2, train_ranks, argv, output=tmp_path / "said")) == [2, 2]
+    said = (tmp_path / "said").read_text()
+    assert said.count("holds a run (best.pt)") == 2 and "Traceback" not in said
 
 
 def test_torchrun_needs_nothing_else_and_passes_the_signal_on(tmp_path):

@@ -295,6 +295,7 @@ MISTAKES = [
     ("--epochs 0 --iterations 0", "no step at all"),
     ("--epochs 2 --iterations 3", "--epochs and --iterations: give one of them"),
     ("--ohem-threshold 0.7", "--ohem-threshold: needs --ohem"),
+    ("--backbone labels --weights imagenet", "labels is no network"),
     ("--data-root x", "streets is drawn and has no folder"),
     ("--dataset folder --difficulty 1", "--difficulty: is one of streets"),
     ("--channels 32 --set channels=64", "give one of them"),
