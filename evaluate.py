@@ -1536,8 +1536,8 @@ def command_compare(args) -> None:
     for row in table[1:]:
         print(in_words(row, table[0]))
         at = f"difference within {NEAR} px"
-        print(f"  ahead in {row['images won']} of {row['images']} images; within {NEAR} "
-              f"px of a boundary {row[at]:+.4f} [{row[f'{at} low']:+.4f}, "
+        print(f"  ahead in {row['images won']} of {row['images']} images; within "
+              f"{NEAR} px of a boundary {row[at]:+.4f} [{row[f'{at} low']:+.4f}, "
               f"{row[f'{at} high']:+.4f}]")
     print(about_seeds(groups))
     if args.block == 1:

@@ -3,6 +3,7 @@ import csv
 import importlib.util
 import re
 import shlex
+import statistics
 
 import pytest
 import torch
@@ -266,43 +267,67 @@ def test_speeds_are_those_of_the_tables():
             assert cell == f"{ratio:.2f} ({ms:.0f} ms, {low:.0f} to {high:.0f})"
 
 
-def test_comparisons_are_those_of_the_tables():
-    """compare's sentence about two seeds, and its rows about a drive, from its csv."""
-    tables = []
-    for name in ("seeds", "inputs", "drive", "drive-neighbours", "drive-frames",
-                 "drive-again"):
-        with open(ROOT / f"results/compare-{name}.csv", newline="") as file:
-            tables.append([{"method": row.pop("method").split()[0]} | {
-                key: float(value) for key, value in row.items()}
-                for row in csv.DictReader(file)])
-    (first, other), inputs, drive, neighbours, frames, again = tables
-    between = evaluate.in_words(other, first).partition(": ")[2]
-    assert between in " ".join(RESULTS.split())
-    for row in inputs:
+def compared(name):
+    """The rows of results/compare-NAME.csv, their numbers as numbers."""
+    with open(ROOT / f"results/compare-{name}.csv", newline="") as file:
+        return [{"method": row.pop("method").split()[0]} | {
+            key: float(value) for key, value in row.items()}
+            for row in csv.DictReader(file)]
+
+
+def between(row, what):
+    return f"{row[f'{what} low']:+.4f} to {row[f'{what} high']:+.4f}"
+
+
+def test_what_a_seed_and_the_inputs_do_is_from_their_tables():
+    """compare's sentence about two seeds, and the rows of NRD's Table 4."""
+    first, other = compared("seeds")
+    said = evaluate.in_words(other, first).partition(": ")[2]
+    assert said in " ".join(RESULTS.split())
+    for row in compared("inputs"):
         cells = (f"`{row['method']}`", f"{row['miou']:.4f}", f"{row['seeds']:.4f}",
-                 f"{row['difference']:+.4f}",
-                 f"{row['difference low']:+.4f} to {row['difference high']:+.4f}",
+                 f"{row['difference']:+.4f}", between(row, "difference"),
                  f"{row['miou within 3 px']:.4f}")
         assert f": {' | '.join(cells)} |" in RESULTS, row["method"]
+    with_m, _, without_m = compared("inputs")
+    shown = [f"{with_m[f'iou {name}']:.2f}{words}{without_m[f'iou {name}']:.2f}"
+             for name, words in (("sign", " with NRD's guidance map, "),
+                                 ("person", ", "), ("vegetation", ", "))]
+    assert (f"signs (IoU {shown[0]} without), people ({shown[1]}), vegetation "
+            f"({shown[2]};") in " ".join(RESULTS.split())
+
+
+def test_drives_are_those_of_the_tables():
+    """A row per drive that was left out, and their means; then six on one of them."""
+    at_boundary = "difference within 3 px"
+    rows = []
+    for drive in ("0001TP", "0006R0", "0016E5"):
+        bilinear, nrd = compared(drive)
+        rows.append(nrd)
+        cells = (drive, f"{nrd['images']:.0f}", f"{bilinear['miou']:.4f}",
+                 f"{nrd['miou']:.4f}", f"{nrd['difference']:+.4f}",
+                 between(nrd, "difference"), f"{nrd['images won']:.0f}",
+                 f"{nrd[at_boundary]:+.4f}", between(nrd, at_boundary))
+        assert f"| {' | '.join(cells)} |" in RESULTS, drive
+    for what in ("difference", at_boundary):
+        gains = [row[what] for row in rows]
+        mean = f"{statistics.mean(gains):+.4f} ± {statistics.stdev(gains):.4f}"
+        assert f"| {mean} |" in RESULTS, what
+    drive = compared("drive")
     for row in drive:
         cells = (f"`{row['method']}`", f"{row['miou']:.4f}",
                  f"{row['low']:.4f} to {row['high']:.4f}", f"{row['difference']:+.4f}",
-                 f"{row['difference low']:+.4f} to {row['difference high']:+.4f}",
-                 f"{row['images won']:.0f}", f"{row['miou within 3 px']:.4f}",
-                 f"{row['gmacs']:.2f}")
+                 between(row, "difference"), f"{row['images won']:.0f}",
+                 f"{row['miou within 3 px']:.4f}", f"{row['gmacs']:.2f}")
         assert f"| {' | '.join(cells)} |" in RESULTS, row["method"]
-    for row in again:
-        cells = (f"`{row['method']}`", f"{row['miou']:.4f}",
-                 f"{row['difference']:+.4f}",
-                 f"{row['difference low']:+.4f} to {row['difference high']:+.4f}",
-                 f"{row['miou within 3 px']:.4f}")
-        assert f"| {' | '.join(cells)} |" in RESULTS, row["method"]
-    for before, after in zip(neighbours, drive, strict=True):
+    for before, after in zip(compared("drive-neighbours"), drive, strict=True):
         line = f"| `{after['method']}` | {before['miou']:.4f} | {after['miou']:.4f} |"
         assert line in RESULTS and before["method"] == after["method"]
     width = lambda row: row["difference high"] - row["difference low"]
+    frames = compared("drive-frames")
     wider = sorted(width(a) / width(b) for a, b in zip(drive[1:], frames[1:]))
-    assert f"become {wider[0]:.1f} to {wider[-1]:.1f} times as wide" in RESULTS
+    shown = f"become {wider[0]:.1f} to {wider[-1]:.1f} times as wide"
+    assert shown in " ".join(RESULTS.split())
 
 
 def test_readme_lists_every_encoder():
