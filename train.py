@@ -200,7 +200,7 @@ def evaluate(run: Run, asked: Signals) -> None:
     if run.values["bn_images"]:
         refresh_batch_norm(run)
     benchmark = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = False  # each size of image would be tuned for
+    torch.backends.cudnn.benchmark = False  # it would search anew for each image size
     matrix = score_dataset(run.model, run.val_set, device=run.device,
                            protocol=protocol_of(run),
                            workers=run.args.workers, amp=run.args.amp,
@@ -690,7 +690,8 @@ def set_up(device: torch.device, args) -> None:
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = not args.deterministic
         # TF32: the factors of a convolution are rounded to 10 bits, its sums are not.
-        # Products of matrices stay exact: full_precision needs them.
+        # Products of matrices keep float32, for which full_precision is there; a
+        # convolution within it is rounded, too, unless --tf32 0 is given.
         torch.backends.cudnn.allow_tf32 = bool(args.tf32)
 
 
@@ -1032,7 +1033,7 @@ def check_same(checkpoint: dict, now: dict) -> None:
             "leave it as it was, or start a new run (--finetune-from takes over the "
             "weights)"]))
     for name, value in now["environment"].items():
-        before = checkpoint["environment"].get(name, value)
+        before = checkpoint["environment"].get(name, value)  # an older one may lack it
         if before != value:
             what = "the last bits may differ"
             if name in ("processes", "accumulate"):

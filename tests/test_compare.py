@@ -231,6 +231,7 @@ def test_every_configuration_has_a_line(two, tmp_path, capsys):
     state = common.load_checkpoint(two / "a0")
     for name, change in (("deeper", {"backbone": "resnet34"}),
                          ("elsewhere", {"dataset": "camvid"}),
+                         ("exact", {"args": state["args"] | {"tf32": 0}}),
                          ("gone", {"method": "gone"})):
         (tmp_path / name).mkdir()
         common.save_checkpoint(state | change, tmp_path / name / "last.pt")
@@ -240,8 +241,9 @@ def test_every_configuration_has_a_line(two, tmp_path, capsys):
         rows = {(row["method"], row["dataset"]): int(row["n"])
                 for row in csv.DictReader(file)}
     assert "left out: unknown method 'gone'" in capsys.readouterr().err
-    assert rows == {("nrd init=mlp backbone=resnet18", "streets"): 2,
-                    ("nrd init=mlp backbone=resnet34", "streets"): 1,
+    assert rows == {("nrd init=mlp backbone=resnet18 tf32=1", "streets"): 2,
+                    ("nrd init=mlp backbone=resnet18 tf32=0", "streets"): 1,
+                    ("nrd init=mlp backbone=resnet34 tf32=1", "streets"): 1,
                     ("nrd init=mlp", "camvid"): 1}
     with pytest.raises(SystemExit):
         call_evaluate("compare", two / "a0", tmp_path / "elsewhere")

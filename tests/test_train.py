@@ -61,9 +61,13 @@ def test_a_run_leaves_everything_it_promises(tmp_path, capsys, monkeypatch):
                             for row in rows], "the log of the checkpoint is another one"
 
 
-def test_bn_images_are_seen_whole_by_batch_norm(tmp_path):
-    """The stem's running mean is that of whole training images, not of the crops."""
-    launch(*PAIRS, "--iterations", 2, "--bn-images", 4, "--out", tmp_path)
+def test_bn_images_are_seen_whole_by_batch_norm(tmp_path, capsys):
+    """The stem's running mean is that of whole training images, not of the crops.
+
+    Five images are two full batches of two and a rest, and what is left out is said.
+    """
+    launch(*PAIRS, "--iterations", 2, "--bn-images", 5, "--out", tmp_path)
+    assert "are of 4 images: full batches of 2, of 5" in capsys.readouterr().out
     checkpoint = load_checkpoint(tmp_path)
     model, streets = restore(checkpoint), data.open_dataset("streets", "train")
     torch.manual_seed(0)  # the run's seed
