@@ -1678,31 +1678,47 @@ ROUNDS, WARM_UP = 7, 2
 PARTS = "encoder", "context", "decoder"
 
 
-def synchronise(device) -> None:
-    """A GPU works behind the program's back: wait until it has caught up."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 class Stopwatch:
-    """Seconds of each call of a model, and in it of its `parts`."""
+    """Times of each call of a model, and in it of its `parts`.
+
+    A GPU works behind the program's back. There, marks in its own queue are what is
+    timed: to wait for it at each mark would make it wait for the next part.
+    """
 
     def __init__(self, model: nn.Module, device, *, parts=PARTS):
-        self.device, self.begun, self.seconds = device, {}, {"total": []}
+        self.on_gpu = torch.device(device).type == "cuda"
+        self.begun, self.spans = {}, {"total": []}
         for name in parts:
             if hasattr(model, name):
                 part = getattr(model, name)
-                self.seconds[name] = []
+                self.spans[name] = []
                 part.register_forward_pre_hook(lambda *_, name=name: self.start(name))
                 part.register_forward_hook(lambda *_, name=name: self.stop(name))
 
+    def mark(self):
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
     def start(self, name: str) -> None:
-        synchronise(self.device)
-        self.begun[name] = time.perf_counter()
+        if self.on_gpu and name == "total":
+            torch.cuda.synchronize()  # what others have left to do is not this one's
+        self.begun[name] = self.mark()
 
     def stop(self, name: str) -> None:
-        synchronise(self.device)
-        self.seconds[name].append(time.perf_counter() - self.begun[name])
+        self.spans[name].append((self.begun[name], self.mark()))
+
+    def seconds(self) -> dict[str, list[float]]:
+        """{name: of each call}."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+            length = lambda start, end: start.elapsed_time(end) / 1000
+        else:
+            length = lambda start, end: end - start
+        return {name: [length(*span) for span in spans]
+                for name, spans in self.spans.items()}
 
 
 def speed_subject(args, spec: str, size: tuple[int, int], num_classes: int):
@@ -1735,8 +1751,8 @@ def speed_step(model: nn.Module, images: Tensor, args):
     return training if args.train else inference
 
 
-def time_methods(args, size: tuple[int, int], num_classes: int) -> list[dict]:
-    """A row per method; in every round each of them has its turn, in another order.
+def take_turns(args, size: tuple[int, int], num_classes: int) -> dict[str, Stopwatch]:
+    """{method: its times}; in every round each has its turn, in another order.
 
     What slows the machine down for a while thus slows all of them.
     """
@@ -1755,8 +1771,7 @@ def time_methods(args, size: tuple[int, int], num_classes: int) -> list[dict]:
             step()
             watch.stop("total")
             progress(turn + 1, WARM_UP + args.rounds)
-    return [speed_row(args, spec, size, num_classes, watch)
-            for spec, (watch, _) in timed.items()]
+    return {spec: watch for spec, (watch, _) in timed.items()}
 
 
 def speed_row(args, spec: str, size: tuple[int, int], num_classes: int,
@@ -1764,19 +1779,25 @@ def speed_row(args, spec: str, size: tuple[int, int], num_classes: int,
     """Milliseconds (median and quartiles), images and GMACs per second, memory."""
     cost = count_cost(*shapes_only(spec, num_classes, size, backbone=args.backbone))
     quartiles = lambda times: np.percentile(times[WARM_UP:], (50, 25, 75)) * 1000
-    total, low, high = quartiles(watch.seconds["total"])
+    seconds = watch.seconds()
+    total, low, high = quartiles(seconds["total"])
     gmacs = cost["total"]["gmacs"]
     row = {"method": spec, "size": "{}x{}".format(*size), "classes": num_classes,
            "ms": total, "low": low, "high": high, "n": args.rounds,
            "images/s": 1000 * args.batch / total, "GMACs": gmacs,
            "GMACs/s": 1000 * args.batch * gmacs / total}
-    row |= {f"{name} ms": quartiles(times)[0] for name, times in watch.seconds.items()
+    row |= {f"{name} ms": quartiles(times)[0] for name, times in seconds.items()
             if name != "total" and len(times) > WARM_UP}
     return row | {"peak GB": memory_of(args, spec, size, num_classes)}
 
 
 def memory_of(args, spec: str, size: tuple[int, int], num_classes: int) -> float:
-    """Peak memory of one step, in a process that does nothing else."""
+    """Peak memory of one step in GB; without a GPU, in a process that does no more."""
+    if torch.device(args.device).type == "cuda":  # which counts tensors, not processes
+        before = torch.cuda.memory_allocated(args.device) / 1e9
+        torch.cuda.reset_peak_memory_stats(args.device)
+        speed_step(*speed_subject(args, spec, size, num_classes), args)()
+        return peak_memory(args.device) - before
     line = [sys.executable, __file__, "speed", spec, "--size", "{}x{}".format(*size),
             "--classes", str(num_classes), "--backbone", args.backbone, "--batch",
             str(args.batch), "--device", args.device, "--amp", args.amp, "--peak"]
@@ -1803,8 +1824,9 @@ def command_speed(args) -> None:
                                   args.classes[0]), args)()
         print(peak_memory(args.device))
         return
-    table = [row for size in args.size for classes in args.classes
-             for row in time_methods(args, size, classes)]
+    table = [speed_row(args, spec, size, classes, watch)
+             for size in args.size for classes in args.classes
+             for spec, watch in take_turns(args, size, classes).items()]
     if args.json:
         print(json.dumps(table, indent=1))
     else:
