@@ -154,7 +154,9 @@ def widened(x: Tensor) -> Tensor:
 
     Models work in any of the four (`model.half()`). What 16 bits would spoil is then
     computed in float32, as under autocast, and each place says why. A decoder gives its
-    result back in the type of its own weights, so logits have the type of the model.
+    result back in the type of its own weights. Logits are widened before they are
+    enlarged: a GPU adds up the gradient of a coarse one in its own type, and hundreds
+    of terms in bfloat16 stop growing when their sum is 256 times a term.
     """
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -593,7 +595,7 @@ def segmentation_loss(outputs: dict, labels: Tensor, *, aux_weight=0.4, ohem=0.0
         ohem_cross_entropy, share=ohem, threshold=ohem_threshold)
     terms = {"out": criterion(outputs["out"], labels)}
     for i, logits in enumerate(outputs["aux"]):
-        logits = F.interpolate(logits, labels.shape[-2:], mode="bilinear",
+        logits = F.interpolate(widened(logits), labels.shape[-2:], mode="bilinear",
                                align_corners=False)
         terms[f"aux{i}"] = criterion(logits, labels)
     weights = {name: 1.0 if name == "out" else aux_weight for name in terms}

@@ -177,7 +177,7 @@ from torch import Tensor, nn
 from common import (ASPP, WIDTH, Stages, UserError, check_batch, class_legend,
                     colour_bar, conv_bn, conv_bn_relu, describe, fcn_heads, heading,
                     label_colours, make_encoder, panel, separable_conv, show_errors,
-                    synthetic_scene, torchvision_names, upsample, viewable)
+                    synthetic_scene, torchvision_names, upsample, viewable, widened)
 
 # --- 1. Config -----------------------------------------------------------------------
 
@@ -523,7 +523,7 @@ class DeepLabv3Plus(nn.Module):
         Without a decoder it is the only one, by the whole output stride.
         With rows = (lo, hi), those of the rows lo..hi-1 alone, (B, K, hi - lo, W).
         """
-        return upsample(logits, self.decoder.stride, size, rows)
+        return upsample(widened(logits), self.decoder.stride, size, rows)
 
 
 def build(num_classes: int, *, backbone="resnet50", weights="none", channels=256,

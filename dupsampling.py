@@ -491,14 +491,13 @@ class DUpsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Logits that differ by 0.02 would not survive bfloat16, until T has drawn them
-        # apart. A model in 16 bits rounds them after that.
+        # apart.
         with full_precision(x):
             z = decompress(widened(x), widened(self.W), ratio=self.ratio)
             if self.use_mean:
                 window = self.mean.reshape(-1, self.ratio, self.ratio)
                 z = z + window.tile(x.shape[-2:])
-            z = self.temperature(z)
-        return z.to(self.W.dtype)
+            return self.temperature(z)
 
 
 class Fuse(nn.Module):
@@ -590,7 +589,7 @@ class VanillaDecoder(nn.Module):
         return self.classify(self.f(torch.cat(maps, dim=1)))
 
     def to_pixels(self, logits: Tensor, size: tuple[int, int], rows=None) -> Tensor:
-        return upsample(logits, self.stride, size, rows)
+        return upsample(widened(logits), self.stride, size, rows)
 
 
 class BilinearDecoder(nn.Module):
@@ -605,7 +604,7 @@ class BilinearDecoder(nn.Module):
         return self.classify(context)
 
     def to_pixels(self, logits: Tensor, size: tuple[int, int], rows=None) -> Tensor:
-        return upsample(logits, self.stride, size, rows)
+        return upsample(widened(logits), self.stride, size, rows)
 
 
 # --- 4. Model ------------------------------------------------------------------------

@@ -590,7 +590,7 @@ class EfficientFCN(nn.Module):
 
         `rows` = (lo, hi) asks for the rows lo to hi-1 of the image alone.
         """
-        return upsample(logits, self.decoder.stride, size, rows)
+        return upsample(widened(logits), self.decoder.stride, size, rows)
 
 
 def build(num_classes: int, *, backbone="resnet50", weights="none", decoder="hgd",

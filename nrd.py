@@ -641,7 +641,7 @@ class NRD(nn.Module):
 
         With rows = (lo, hi), those of the rows lo..hi-1 alone, (B, K, hi - lo, W).
         """
-        return upsample(logits, self.decoder.stride, size, rows)
+        return upsample(widened(logits), self.decoder.stride, size, rows)
 
 
 def make_context(name: str, in_channels: int, channels: int) -> tuple[nn.Module, int]:

@@ -766,8 +766,8 @@ class SFNet(nn.Module):
         context = self.context(features["res5"])  # F_5 of the pyramid
         logits, sums = self.decoder(context, features)
         # segmentation_loss would enlarge them too, but without aligned corners.  [N3]
-        aux = [enlarge(head(x), (H, W)) for head, x in zip(self.aux_heads, sums)
-               if self.training]
+        aux = [enlarge(widened(head(x)), (H, W))
+               for head, x in zip(self.aux_heads, sums) if self.training]
         return logits, aux
 
     def to_pixels(self, logits: Tensor, size: tuple[int, int], rows=None) -> Tensor:
@@ -775,7 +775,7 @@ class SFNet(nn.Module):
 
         The last step, by about 4 on each side. There is nothing to learn in it.
         """
-        return enlarge(logits, size, rows)
+        return enlarge(widened(logits), size, rows)
 
 
 # What makes the context out of res5, called as context(in_channels, channels).

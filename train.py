@@ -1143,7 +1143,7 @@ def kept_alive(run: Run):
             advice = machine_fault(error, run)
             if not advice:
                 raise
-            said = str(error).splitlines()[0] if str(error) else "no memory"
+            said = str(error).splitlines()[0][:200] if str(error) else "no memory"
             raise UserError(f"{advice} ({said}). {run.folder}/last.pt is whole: "
                             f"--resume {run.folder}", code=1) from None
 

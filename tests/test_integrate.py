@@ -4,6 +4,7 @@ import importlib
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import common
@@ -28,11 +29,12 @@ def fast(specs):
 
 
 @pytest.mark.parametrize("spec", fast(MAIN))
-def test_a_model_works_in_any_type_and_answers_in_it(spec, thin):
+def test_a_model_works_in_any_type(spec, thin):
     """half() and bfloat16() come near double(), float() very near.
 
     The likely mistakes: .float() in the middle, after which a layer in 16 bits or in
-    float64 is given numbers of another type than its weights; logits in float32.
+    float64 is given numbers of another type than its weights; logits in 16 bits, of
+    which the largest two are often equal.
     """
     model = common.build_model(spec, 5, **SMALL).eval()
     images = torch.randn(2, 3, 65, 97)
@@ -43,12 +45,35 @@ def test_a_model_works_in_any_type_and_answers_in_it(spec, thin):
                              (torch.bfloat16, 0.15)):
             narrow = copy.deepcopy(model).to(dtype)
             logits = narrow(images.to(dtype))["out"]
-            assert logits.dtype == dtype, f"logits of a {dtype} model"
+            wide = torch.promote_types(dtype, torch.float32)
+            assert logits.dtype == wide, f"logits of a {dtype} model"
             off = (logits - exact).abs().max() / exact.abs().max()
             assert off < slack, f"{dtype}: {off:.1e} of the largest logit"
             native, _ = narrow.decode(images.to(dtype))
             rows = narrow.to_pixels(native, (65, 97), (3, 9))
             assert rows.shape == (2, 5, 6, 97) and rows.isfinite().all()
+
+
+@pytest.mark.parametrize("spec", ["deeplabv3plus", "dupsampling:bilinear",
+                                  "efficientfcn", "nrd", "nrd:bilinear", "sfnet"])
+def test_logits_are_enlarged_in_float32_under_autocast(spec, thin, monkeypatch):
+    """On a GPU bilinear's gradient is summed in the type of what was enlarged.
+
+    A coarse logit's has 256 and more terms; in bfloat16 their sum soon stops growing.
+    """
+    enlarged, interpolate = [], F.interpolate
+
+    def noted(x, *args, **options):
+        if x.shape[1] == 5:  # as many channels as classes: logits
+            enlarged.append(x.dtype)
+        return interpolate(x, *args, **options)
+    monkeypatch.setattr(F, "interpolate", noted)
+    model = common.build_model(spec, 5, **SMALL).train()
+    with common.autocast("cpu", "bf16"):
+        outputs = model(torch.randn(2, 3, 64, 96))
+    labels = torch.zeros(2, 64, 96, dtype=torch.uint8)
+    common.segmentation_loss(outputs, labels)
+    assert set(enlarged) == {torch.float32}, "`widened` is missing in front of it"
 
 
 @pytest.mark.filterwarnings("ignore:W is random")
