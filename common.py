@@ -155,8 +155,8 @@ def widened(x: Tensor) -> Tensor:
     Models work in any of the four (`model.half()`). What 16 bits would spoil is then
     computed in float32, as under autocast, and each place says why. A decoder gives its
     result back in the type of its own weights. Logits are widened before they are
-    enlarged: a GPU adds up the gradient of a coarse one in its own type, and hundreds
-    of terms in bfloat16 stop growing when their sum is 256 times a term.
+    enlarged: a GPU adds up the gradient of a coarse one, of 64 to 1024 terms, in its
+    own type, and in bfloat16 a sum of ones stops at 256.
     """
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -738,7 +738,8 @@ def build_model(spec: str, num_classes: int, *, backbone="resnet50", weights="no
         VARIANTS          {name: options of build}, with "default"
         build(num_classes, *, backbone, weights, **options) -> nn.Module
         model(images (B, 3, H, W)) -> {"out": logits (B, K, H, W), "aux": [logits, ..]}
-                          any H, W >= 32, any B >= 1 in eval; aux in training only
+                          any H, W >= 32, any B >= 1 in eval; aux in training only;
+                          `widened` before they are enlarged
 
     What it may offer, and what stands in where it is missing:
 

@@ -490,8 +490,7 @@ class DUpsample(nn.Module):
         self.temperature = Temperature() if temperature else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        # Logits that differ by 0.02 would not survive bfloat16, until T has drawn them
-        # apart.
+        # Logits differ by 0.02 before T draws them apart: too little for bfloat16.
         with full_precision(x):
             z = decompress(widened(x), widened(self.W), ratio=self.ratio)
             if self.use_mean:

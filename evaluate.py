@@ -27,6 +27,7 @@ import argparse
 import ast
 import copy
 import csv
+import gc
 import hashlib
 import importlib.util
 import json
@@ -1682,7 +1683,8 @@ class Stopwatch:
     """Times of each call of a model, and in it of its `parts`.
 
     A GPU works behind the program's back. There, marks in its own queue are what is
-    timed: to wait for it at each mark would make it wait for the next part.
+    timed: to wait for it at each mark would make it wait for the next part. What it
+    waits for the program between two marks is in the time of the part, too.
     """
 
     def __init__(self, model: nn.Module, device, *, parts=PARTS):
@@ -1794,6 +1796,7 @@ def speed_row(args, spec: str, size: tuple[int, int], num_classes: int,
 def memory_of(args, spec: str, size: tuple[int, int], num_classes: int) -> float:
     """Peak memory of one step in GB; without a GPU, in a process that does no more."""
     if torch.device(args.device).type == "cuda":  # which counts tensors, not processes
+        gc.collect()
         before = torch.cuda.memory_allocated(args.device) / 1e9
         torch.cuda.reset_peak_memory_stats(args.device)
         speed_step(*speed_subject(args, spec, size, num_classes), args)()

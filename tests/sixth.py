@@ -5,7 +5,7 @@ The least that a method needs: VARIANTS and `build`, see build_model in common.p
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import make_encoder
+from common import make_encoder, widened
 
 VARIANTS = {"default": {}, "coarse": {"stages": ("res5",)}}
 
@@ -25,8 +25,8 @@ class Sixth(nn.Module):
         B, _, H, W = images.shape
         features, out = self.trunk(images), 0
         for stage, head in self.heads.items():
-            logits = F.interpolate(head(features[stage]), (H, W), mode="bilinear")
-            out = out + logits  # (B, K, H, W)
+            logits = widened(head(features[stage]))
+            out = out + F.interpolate(logits, (H, W), mode="bilinear")  # (B, K, H, W)
         return {"out": out, "aux": []}
 
 
