@@ -330,6 +330,15 @@ def test_widths_of_g_are_those_of_the_table():
     assert said.format(**gain) in " ".join(RESULTS.split())
 
 
+def test_what_efficientfcn_needs_is_from_its_table():
+    """A row for each of three claims of the paper, beside the whole decoder."""
+    for row in compared("efficientfcn"):
+        cells = (f"`{row['method']}`", f"{row['miou']:.4f}", f"{row['seeds']:.4f}",
+                 f"{row['difference']:+.4f}", between(row, "difference"),
+                 f"{row['miou within 3 px']:.4f}")
+        assert f": {' | '.join(cells)} |" in RESULTS, row["method"]
+
+
 def test_drives_are_those_of_the_tables():
     """A row per drive that was left out, and their means; then six on two of them."""
     at_boundary = "difference within 3 px"
