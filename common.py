@@ -739,7 +739,7 @@ def build_model(spec: str, num_classes: int, *, backbone="resnet50", weights="no
         build(num_classes, *, backbone, weights, **options) -> nn.Module
         model(images (B, 3, H, W)) -> {"out": logits (B, K, H, W), "aux": [logits, ..]}
                           any H, W >= 32, any B >= 1 in eval; aux in training only;
-                          `widened` before they are enlarged
+                          logits are `widened` before they are enlarged
 
     What it may offer, and what stands in where it is missing:
 

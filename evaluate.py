@@ -1683,13 +1683,14 @@ class Stopwatch:
     """Times of each call of a model, and in it of its `parts`.
 
     A GPU works behind the program's back. There, marks in its own queue are what is
-    timed: to wait for it at each mark would make it wait for the next part. What it
-    waits for the program between two marks is in the time of the part, too.
+    timed: if the program waited at the end of each part, the GPU would then stand idle
+    until the next one is sent. Where it stands idle within a part, that is in the time.
     """
 
     def __init__(self, model: nn.Module, device, *, parts=PARTS):
         self.on_gpu = torch.device(device).type == "cuda"
-        self.begun, self.spans = {}, {"total": []}
+        self.begun = {}
+        self.spans = {"total": []}  # (start, end) of each call
         for name in parts:
             if hasattr(model, name):
                 part = getattr(model, name)
@@ -1698,6 +1699,7 @@ class Stopwatch:
                 part.register_forward_hook(lambda *_, name=name: self.stop(name))
 
     def mark(self):
+        """Now: seconds, or a mark that the GPU sets when its queue has come to it."""
         if not self.on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -1713,7 +1715,7 @@ class Stopwatch:
         self.spans[name].append((self.begun[name], self.mark()))
 
     def seconds(self) -> dict[str, list[float]]:
-        """{name: of each call}."""
+        """{"total" or the name of a part: seconds of each call}."""
         if self.on_gpu:
             torch.cuda.synchronize()
             length = lambda start, end: start.elapsed_time(end) / 1000
@@ -1794,9 +1796,13 @@ def speed_row(args, spec: str, size: tuple[int, int], num_classes: int,
 
 
 def memory_of(args, spec: str, size: tuple[int, int], num_classes: int) -> float:
-    """Peak memory of one step in GB; without a GPU, in a process that does no more."""
-    if torch.device(args.device).type == "cuda":  # which counts tensors, not processes
-        gc.collect()
+    """Peak memory of one step in GB.
+
+    A GPU's is counted by tensors, so that what was there before can be subtracted. A
+    process' is not: there the step has a process of its own.
+    """
+    if torch.device(args.device).type == "cuda":
+        gc.collect()  # garbage freed during the step would make the difference small
         before = torch.cuda.memory_allocated(args.device) / 1e9
         torch.cuda.reset_peak_memory_stats(args.device)
         speed_step(*speed_subject(args, spec, size, num_classes), args)()

@@ -63,7 +63,8 @@ def test_logits_are_enlarged_in_float32_under_autocast(spec, thin, monkeypatch):
 
     A coarse logit's has 64 to 1024 terms; in bfloat16 a sum of ones stops at 256.
     """
-    enlarged, interpolate = [], F.interpolate
+    interpolate = F.interpolate
+    enlarged = []
 
     def noted(x, *args, **options):
         if x.shape[1] == 5:  # as many channels as classes: logits

@@ -61,6 +61,38 @@ def test_parts_are_timed_where_they_run():
     assert seconds["encoder"][0] + decoder < total
 
 
+def test_a_gpu_is_not_waited_for_between_the_parts(monkeypatch):
+    """Waiting there would leave it idle until the next part is sent: a slower network.
+
+    A GPU's queue is played here: its clock goes on by one with every mark.
+    """
+    waits = []
+    clock = iter(range(100))
+
+    class Event:
+        def __init__(self, *, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.time = next(clock)
+
+        def elapsed_time(self, end):  # milliseconds
+            return end.time - self.time
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(0))
+    model = common.build_model("nrd", 3, backbone="resnet18", channels=8).eval()
+    watch = evaluate.Stopwatch(model, "cuda")
+    for _ in range(2):
+        watch.start("total")
+        model(torch.zeros(1, 3, 64, 64))
+        watch.stop("total")
+    assert len(waits) == 2, "once before each call, for what others have left to do"
+    seconds = watch.seconds()
+    assert len(waits) == 3, "and once before the marks are read"
+    assert seconds.pop("total") == [0.007] * 2, "two marks of each part lie within it"
+    assert seconds == {part: [0.001] * 2 for part in evaluate.PARTS}
+
+
 def test_training_steps_and_sizes_and_the_picture(tmp_path, capsys):
     """--train needs two images; csv and picture have every size and class count."""
     with pytest.raises(SystemExit):
