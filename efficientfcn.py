@@ -169,6 +169,15 @@ GMACs and parameters are those of ResNet-101 with 60 classes at 512x512 pixels.
                with nothing added between them, and G beside f~8. This is a guess.
         Effect: On `streets` none that images or two seeds tell apart, and a likely
                reason (results/README.md). In the paper 1.1 points.
+    N15 How many codewords count.
+        Paper: Table 4 goes from 32 codewords to 1024 with crops of 512x512 (512 are the
+               best), ADE20K has 600 with crops of 576x576.
+        Code:  256 on Context, 600 in ADE20K's test script (N12).
+        Here:  As the paper.
+        Effect: Codewords are means over the places of m32, 16x16 of the smaller crop
+               and 18x18 of the larger, so no more than 256 and 324 of them are linearly
+               independent. On `streets`, of which m32 has 32 places, a trained network
+               keeps its score with one (results/README.md).
 
 Run
     python efficientfcn.py [FILE.png]          shapes, and a picture, seconds on a CPU
@@ -338,7 +347,8 @@ def assemble(weights: Tensor, codewords: Tensor) -> Tensor:
     weights (B, n, q, r), codewords (B, D, n) -> (B, D, q, r). The paper prints W^T C;
     by its own sizes C is D x n and W is n x q*r, so C W is meant. The features are as
     fine as W is. But however many places there are, at most n of these features are
-    linearly independent.
+    linearly independent, and no more than the coarse map has places, h*w, since each
+    codeword is a mean over those: 256 for a crop of 512x512.
     """
     B, n, q, r = weights.shape
     # (B, D, n) x (B, n, q*r) -> (B, D, q*r)

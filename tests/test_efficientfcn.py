@@ -91,6 +91,19 @@ def test_assembly_is_linear_in_the_codebook():
         2 * efficientfcn.assemble(weights, one) + efficientfcn.assemble(weights, two))
 
 
+@pytest.mark.parametrize("n, independent", [(3, 3), (8, 8), (20, 8)])
+def test_no_more_codewords_count_than_the_coarse_map_has_places(n, independent):
+    """Eqs. (1) to (3): of n codewords from 2x4 places at most 8 are independent.
+
+    So are the assembled features, on however fine a map.
+    """
+    maps = efficientfcn.spatial_softmax(torch.randn(1, n, 2, 4).double())
+    codewords = efficientfcn.codebook(maps, torch.randn(1, 30, 2, 4).double())
+    assembled = efficientfcn.assemble(torch.randn(1, n, 16, 32).double(), codewords)
+    assert torch.linalg.matrix_rank(codewords) == independent
+    assert torch.linalg.matrix_rank(assembled.flatten(2)) == independent
+
+
 # --- The decoder ---------------------------------------------------------------------
 
 STAGES = {"res3": 6, "res4": 8, "res5": 10}
