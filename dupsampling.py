@@ -99,9 +99,9 @@ there is no `convert`: no checkpoint exists that it could translate.
                decoder joins both features at once.
         Effect: These layers were chosen because they reproduce the FLOPs of Tables 2 to
                4, all but one (N9). They are a guess that fits. On the
-               procedural streets, fusion of stem and res4 scores 0.40 mIoU (mean of
-               three seeds) against 0.43 without fusion (one seed, results/streets.csv);
-               in the paper it gains 1 point.
+               procedural streets, fusion of stem and res4 scores 0.40 mIoU against
+               0.44 without fusion (two seeds each); in the paper it gains 1 point.
+               results/README.md looks for the reason.
     N7  Encoder.
         Paper: ResNet and Xception, "both of which are modified as in [5]", that is, as
                in DeepLabv3+. In Table 2, b1u2c3 is the third convolution of the second
@@ -156,8 +156,9 @@ there is no `convert`: no checkpoint exists that it could translate.
         Here:  The parameter is log T, so T is positive whatever a step does.
         Effect: The gradient of T itself grows with 1/T^2. On the procedural streets,
                with the learning rate 0.05, T jumped below 0, and the loss stayed at
-               ln K. With log T, 0.43 mIoU is reached there, and 0.26 without a
-               temperature (one seed each, no fusion; the paper has 73.15 and 69.81).
+               ln K. With log T, 0.44 mIoU is reached there, and 0.26 without a
+               temperature (two seeds each, no fusion, results/README.md; the paper has
+               73.15 and 69.81).
     N12 Training.
         Paper: VOC is the official train set of 1,464 images "since it provides more
                consistent annotations" than SBD (Sec. 4.1), for 30,000 iterations

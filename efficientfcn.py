@@ -219,7 +219,7 @@ VARIANTS = {
     "codebook-16-32": {"codebook_scales": ("res4", "res5")},
     "guidance-8": {"guidance_scales": ("res3",)},
     "guidance-8-16": {"guidance_scales": ("res3", "res4")},
-    # Table 4: codewords. 256 is `default`; 600 is for ADE20K
+    # Table 4: codewords. 256 is `default`; 600 is for ADE20K  [N15]
     "n32": {"codewords": 32},
     "n64": {"codewords": 64},
     "n128": {"codewords": 128},
@@ -348,7 +348,7 @@ def assemble(weights: Tensor, codewords: Tensor) -> Tensor:
     by its own sizes C is D x n and W is n x q*r, so C W is meant. The features are as
     fine as W is. But however many places there are, at most n of these features are
     linearly independent, and no more than the coarse map has places, h*w, since each
-    codeword is a mean over those: 256 for a crop of 512x512.
+    codeword is a mean over those: 256 for a crop of 512x512.  [N15]
     """
     B, n, q, r = weights.shape
     # (B, D, n) x (B, n, q*r) -> (B, D, q*r)

@@ -333,10 +333,26 @@ def test_widths_of_g_are_those_of_the_table():
     assert said.format(**gain) in " ".join(RESULTS.split())
 
 
-def test_what_efficientfcn_needs_is_from_its_table():
-    """A row for each of three claims of the paper, beside the whole decoder."""
-    for row in compared("efficientfcn"):
+@pytest.mark.parametrize("paper", ["efficientfcn", "dupsampling", "sfnet"])
+def test_what_a_decoder_needs_is_from_its_table(paper):
+    """A row for each claim of the paper, beside the whole decoder."""
+    for row in compared(paper):
         assert f": {over_seeds(row)} |" in RESULTS, row["method"]
+
+
+def test_upper_bounds_are_those_of_the_tables():
+    """What could be drawn from the labels: on CamVid one seed of each, on streets two.
+
+    A cell is the mean, or the mean and the spread of the seeds.
+    """
+    section = RESULTS.partition("## How well could they draw?\n")[2]
+    section = section.partition("\n##")[0]
+    for name in ("labels", "labels-streets"):
+        with open(ROOT / f"results/{name}.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert len(rows) == 5
+        for row in rows:
+            assert f" {row['mIoU']}" in section, row["method"]
 
 
 def test_drives_are_those_of_the_tables():
