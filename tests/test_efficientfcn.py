@@ -95,7 +95,7 @@ def test_assembly_is_linear_in_the_codebook():
 def test_no_more_codewords_count_than_the_coarse_map_has_places(n, independent):
     """Eqs. (1) to (3): of n codewords from 2x4 places at most 8 are independent.
 
-    So are the assembled features, on however fine a map.
+    The features assembled from them obey the same limit, on however fine a map.
     """
     maps = efficientfcn.spatial_softmax(torch.randn(1, n, 2, 4).double())
     codewords = efficientfcn.codebook(maps, torch.randn(1, 30, 2, 4).double())
