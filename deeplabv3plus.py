@@ -100,9 +100,9 @@ mmsegmentation, in which NRD's authors ran the DeepLabv3+ that they compare with
                tests/test_deeplabv3plus.py. On scores: not measured.
     N7  Initialisation of ASPP, decoder and heads.
         Paper: Silent.
-        Code:  Normal, cut off at two standard deviations, which are 0.33 for depthwise
-               convolutions, 0.06 for those that follow them and 0.01 for the
-               classifier. mmsegmentation draws every convolution with a batch norm from
+        Code:  Normal, with a standard deviation of 0.33 for depthwise convolutions,
+               0.06 for those that follow them and 0.01 for the classifier, cut off at
+               two of it. mmsegmentation draws every convolution with a batch norm from
                Kaiming normal with fan_out, and its classifiers with a standard
                deviation of 0.01.
         Here:  `init="torch"`, torch's default, is ours, for the paper's widths and from
@@ -221,7 +221,7 @@ MMSEG_SCHEDULE = {
     "min_lr": (1e-4, MMSEGMENTATION), "scale": ((0.5, 2.0), MMSEGMENTATION),
     "photometric": (True, MMSEGMENTATION), "aux_weight": (0.4, MMSEGMENTATION)}  # [N5]
 RECIPES = {  # [N9]
-    # The paper's own data set. Neither recipe below is the paper's.
+    # The paper's own data set; the recipes after it are not the paper's.
     "voc": {
         "backbone": ("resnet101", "paper, Table 3"), "weights": ("imagenet", PAPER),
         "lr": (0.007, PAPER), "weight_decay": (1e-4, CODE), "batch": (16, CODE),
@@ -502,7 +502,7 @@ class DeepLabv3Plus(nn.Module):
         self.aux_heads = aux_heads
 
     def forward(self, images: Tensor) -> dict:
-        """images (B, 3, H, W) -> {"out": (B, K, H, W), "aux": [(B, K, H/16, W/16)]}."""
+        """images (B, 3, H, W) -> {"out": (B, K, H, W), "aux": [(B, K, ., .)]}."""
         logits, aux = self.decode(images)
         return {"out": self.to_pixels(logits, images.shape[-2:]), "aux": aux}
 
@@ -722,10 +722,11 @@ DISTANCES = (1, 2, 4, 8, 16, 32)
 
 
 def changed_by_distance(labels: Tensor, without: Tensor) -> list[float]:
-    """Share of changed pixels among those up to 1, 2, 4, .. pixels from a boundary.
+    """Share of changed pixels in rings around boundaries, 1, 2, 3-4, 5-8, .. away.
 
     The last number is the share of those that are farther away than all DISTANCES. A
-    boundary are both pixels of every pair of neighbours whose classes differ.
+    boundary are both pixels of every pair of neighbours whose classes differ; they are
+    at distance 1.
     """
     near = torch.zeros_like(labels, dtype=torch.bool)
     down = labels[1:] != labels[:-1]
@@ -782,13 +783,13 @@ def draw_difference(figure, picture: Tensor, labels: Tensor, without: Tensor,
           f"Black pixels, {changed.float().mean():.1%} of all, change class when the "
           "low-level channels are flat.", chars=34)
     shares = [100 * share for share in changed_by_distance(labels, without)]
-    names = [*map(str, DISTANCES), "more"]
+    names = ["1", "2", "3-4", "5-8", "9-16", "17-32", "more"]
     axes[3].bar(names, shares, color="0.4")
     axes[3].spines[["top", "right"]].set_visible(False)
     describe(axes[3], "Changed pixels, in %",
              "Where bars are high the low-level channels decide, and where they are "
              "low the context does.",
-             unit="up to .. pixels from a class boundary", chars=34)
+             unit="pixels from a class boundary", chars=34)
 
 
 # --- 6. Demo -------------------------------------------------------------------------

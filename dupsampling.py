@@ -173,9 +173,10 @@ there is no `convert`: no checkpoint exists that it could translate.
         Here:  The recipes are these, and `--dataset voc` is the set of 1,464 images.
                A ResNet on Cityscapes and Context is ours and takes the ResNets' values.
                Batch norm sees what a GPU holds of a batch, not 12 or 16. Table 5's
-               rounds are `--dataset coco-voc`, then `voc-aug` and `voc` with
-               `--finetune-from` the last one, which chooses the recipes "finetuned ..".
-               All weights are taken over, W as well: it stays that of COCO's labels.
+               rounds are `--dataset coco-voc`, then `voc-aug`, then `voc` with
+               `--train-split trainval`; `--finetune-from` the last one chooses the
+               recipes "finetuned ..". All weights are taken over, W as well: it stays
+               that of COCO's labels.
         Effect: Not measured.
     N13 The network of the upper bound (Table 1, mIoU*).
         Paper: Five convolutions, 3x3 with stride 2, are "fed with ground truth labels
@@ -334,13 +335,12 @@ def principal_components(label_maps, num_classes: int, *, ratio: int, components
 
     Multiply random vectors Q by C again and again, make them orthonormal in between,
     and they turn towards the leading eigenvectors (subspace iteration, Halko et al.
-    2011, Sec. 4.5)  [N5]. Q has 2 E vectors (at most N), or the last ones wanted will
-    not have turned after so few passes. In the end the
-    eigenvectors of the small matrix Q^T C Q rotate Q into the leading eigenvectors of
-    C, and the E largest come first. `lost` is a float. `vectors`, below, gives the
-    windows chunk by chunk, equal ones with their number as weight; after each chunk,
-    progress(pass, passes, label maps read) is called. All in float32. The literal
-    reading, an SVD of all windows, is in tests/test_dupsampling.py.
+    2011, Sec. 4.5)  [N5]. In the end the eigenvectors of the small matrix Q^T C Q
+    rotate Q into the leading eigenvectors of C, and the E largest come first. `lost` is
+    a float. `vectors`, below, gives the windows chunk by chunk, equal ones with their
+    number as weight; after each chunk, progress(pass, passes, label maps read) is
+    called. All in float32. The literal reading, an SVD of all windows, is in
+    tests/test_dupsampling.py.
     """
     N = num_classes * ratio**2
     if components > N:
@@ -350,8 +350,9 @@ def principal_components(label_maps, num_classes: int, *, ratio: int, components
     # eigenvalue number 2*E+1 over number E. Without the spare vectors that would be
     # number E+1 over number E, which is nearly 1.
     seed = torch.Generator().manual_seed(0)
-    Q = torch.linalg.qr(torch.randn(N, min(2 * components, N), generator=seed)).Q
+    product = torch.randn(N, min(2 * components, N), generator=seed)
     for step in range(passes):
+        Q = torch.linalg.qr(product).Q  # orthonormal, with the same span
         product = torch.zeros_like(Q)
         total = torch.zeros(N)
         count = 0
@@ -363,15 +364,13 @@ def principal_components(label_maps, num_classes: int, *, ratio: int, components
             progress(step, passes, done)
         mean = total / count
         product = product / count - torch.outer(mean, mean @ Q)  # C Q
-        # All variance is the trace of C. v holds zeros and ones only, so v^2 is v, and
-        # the mean of v^2 is the mean.
-        variance = (mean.sum() - mean.square().sum()).item()
-        # The E best directions inside the span of Q are the leading eigenvectors of the
-        # small matrix Q^T C Q. `eigh` sorts ascending, hence the flips.
-        values, turn = torch.linalg.eigh(Q.T @ product)
-        W = Q @ turn.flip(1)[:, :components]
-        lost = 1 - values.flip(0)[:components].sum().item() / variance
-        Q = torch.linalg.qr(product).Q  # orthonormal again, for the next pass
+    # `eigh` sorts ascending, hence the flips.
+    values, turn = torch.linalg.eigh(Q.T @ product)
+    W = Q @ turn.flip(1)[:, :components]
+    # All variance is the trace of C. v holds zeros and ones only, so v^2 is v, and the
+    # mean of v^2 is the mean.
+    variance = (mean.sum() - mean.square().sum()).item()
+    lost = 1 - values.flip(0)[:components].sum().item() / variance
     return W, mean, lost
 
 
@@ -491,7 +490,8 @@ class DUpsample(nn.Module):
         self.temperature = Temperature() if temperature else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        # Logits differ by 0.02 before T draws them apart: too little for bfloat16.
+        # Division by T, 0.06 when trained on streets, makes an error 17 times as large,
+        # and bfloat16 knows a logit to the third digit only.
         with full_precision(x):
             z = decompress(widened(x), widened(self.W), ratio=self.ratio)
             if self.use_mean:
@@ -668,6 +668,8 @@ def build(num_classes: int, *, backbone="resnet50", weights="none",
             raise UserError(f"{name}={value!r}: must be one of {', '.join(known)}")
     if not set(fuse) <= set(STRIDES) or (decoder == "vanilla" and not fuse):
         raise UserError(f"fuse={fuse!r}: must name some of {', '.join(STRIDES)}")
+    if output_stride not in (16, 32):
+        raise UserError(f"output_stride={output_stride}: must be 16 or 32")
     encoder = make_encoder(backbone, num_classes, weights=weights,
                            output_stride=output_stride)
     rates = tuple(rate * 32 // output_stride for rate in (3, 6, 9))  # [N7]
@@ -766,7 +768,7 @@ def explain(model: DUpsampling, image: Tensor, *, palette=None, classes=None):
     table, chart = middle.subfigures(1, 2, width_ratios=(2, 1))
     draw_windows(table, labels[0], rebuilt, counts, chosen, colours, r)
     draw_code(chart, said[0], again[0], chosen[0], last.temperature)
-    draw_columns(below, W, last.mean, colours, r)
+    draw_columns(below, W, colours, r)
     class_legend(names, torch.cat([labels, *(x[None] for x in rebuilt)]), colours,
                  classes)
     return figure
@@ -800,7 +802,7 @@ def windows_that_differ(labels: Tensor, code: Tensor, r: int, h: int,
 
     The other two are the farthest from those before by their code (E, h, w). Its
     distances are nearly those of the windows, because W's columns are orthonormal.
-    Windows of one class alone are left out if there are others.
+    Windows of which one class has 90 % are left out, if three others are there.
     """
     patches = windows(labels[:h * r, :w * r], r)  # (h*w, r*r)
     largest = (patches == patches.mode(1, keepdim=True).values).float().mean(1)
@@ -881,7 +883,7 @@ def draw_code(figure, said: Tensor, again: Tensor, window: tuple[int, int],
              unit="component", chars=46)
 
 
-def draw_columns(figure, W: Tensor, mean: Tensor, colours: Tensor, r: int) -> None:
+def draw_columns(figure, W: Tensor, colours: Tensor, r: int) -> None:
     """Columns of W as windows: what a positive number speaks for, and a negative."""
     shown = min(10, W.shape[1])
     axes = figure.subplots(2, shown, squeeze=False)

@@ -19,7 +19,7 @@ Dimension key
     its A~, the weighting maps, is `maps`; its W, the assembly weights, is `weights`.
 
 Paper -> code
-    | Fig. 2          | HolisticallyGuidedDecoder.steps   | every tensor by its name |
+    | Fig. 2          | HolisticallyGuidedDecoder.steps   | its tensors by their names |
     | Sec. 3.2, m     | fuse                              | m32, m8 at one size |
     | Eq. (1)         | spatial_softmax                   | A~ from A |
     | Eq. (2)         | codebook                          | c_i = sum A~_i B |
@@ -131,10 +131,10 @@ GMACs and parameters are those of ResNet-101 with 60 classes at 512x512 pixels.
                need (64, 64, 128), `resnet101s`; with the other they would be 217.8. On
                scores: not measured.
     N12 Training.
-        Paper: 120 epochs on ADE20K, no batch size, one learning rate. Images are scaled
-               by 0.5 to 2. PASCAL Context is counted with 60 classes. 85.4 of Table 6
-               is trained on VOC's augmented set, and 87.6 on COCO before that, without
-               a schedule for COCO.
+        Paper: 120 epochs on ADE20K, no batch size, one learning rate for all layers.
+               Images are scaled by 0.5 to 2. PASCAL Context is counted with 60
+               classes. 85.4 of Table 6 is trained on VOC's augmented set, and 87.6 on
+               COCO before that, without a schedule for COCO.
         Code:  80 epochs on ADE20K with a batch of 32; no script for VOC. The decoder
                learns at 10 times the rate of the encoder. The scale is that of the
                image's own long side, and a crop that is larger than the image is
@@ -167,8 +167,8 @@ GMACs and parameters are those of ResNet-101 with 60 classes at 512x512 pixels.
         Code:  Has no such option.
         Here:  `no-transfer` reads it as the 1x1 to G and the 1x1 to W of `default`,
                with nothing added between them, and G beside f~8. This is a guess.
-        Effect: On `streets` none that images or two seeds tell apart, and a likely
-               reason (results/README.md). In the paper 1.1 points.
+        Effect: On `streets` none that images or two seeds tell apart; results/README.md
+               has a likely reason. In the paper 1.1 points.
     N15 How many codewords count.
         Paper: Table 4 goes from 32 codewords to 1024 with crops of 512x512 (512 are the
                best), ADE20K has 600 with crops of 576x576.
@@ -423,7 +423,7 @@ class HolisticallyGuidedDecoder(nn.Module):
 
     # task: minutes=45 points=12 needs=efficientfcn.assemble
     def steps(self, context: Tensor, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """From the encoder's maps to f~8: every tensor that Sec. 3.2 names.
+        """From the encoder's maps to f~8: the tensors of Sec. 3.2 by name.
 
         Returns a dict: m32 (B, M, h, w), m8 (B, L, q, r), base (B, D, h, w), maps,
         which are A~ (B, n, h, w), guidance, which is G alone (B, D, q, r), weights

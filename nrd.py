@@ -55,19 +55,18 @@ mmsegmentation. GMACs are those of 1024x2048 pixels, ResNet-50 and 19 classes.
                so those of channels 0 and 1 of a released checkpoint must be converted;
                `convert` does, and takes out the 5.6e-5 as well (equal to 1e-10 then, in
                training and in eval, see tests/test_nrd.py).
-               Without guidance `standardise` changes g. For the same theta, logits of
-               up to 5.6 differ by up to 3.7, and the two agree on the class of 83 % of
-               the points. The reason: raw coordinates put the lines at which the ReLUs
-               of g's first layer switch, w . (x, y) = -b, close to the corner (0, 0) of
-               the patch as long as b is small; standardised ones put them close to its
-               centre. On streets (`no-guidance`, from scratch, 450 steps, seeds 0 and
-               1) raw ones give an mIoU of 0.3800 and 0.3809, standardised ones 0.3927
-               and 0.3912.
+               Without guidance `standardise` changes g. Raw coordinates put the lines
+               at which the ReLUs of g's first layer switch, w . (x, y) = -b, close to
+               the corner (0, 0) of the patch as long as b is small; standardised ones
+               put them close to its centre. On streets (`no-guidance`, from scratch,
+               450 steps, seeds 0 and 1) raw ones give an mIoU of 0.3800 and 0.3809,
+               standardised ones 0.3927 and 0.3912.
     N2  Initialisation of the controller's last layer, the one that writes theta.
         Paper: Silent.
         Code:  Xavier weights divided by P, and bias 0. All three layers of g then start
-               near zero, so the gradient of each has two factors near zero. With
-               ImageNet weights and 84,000 steps g still learns.
+               near zero, and at first only the last biases learn: the gradient of the
+               first weights has two factors near zero. With ImageNet weights and
+               84,000 steps g still learns.
         Here:  `init="official"` is the code's and the default, so that the paper's
                recipes use it. `init="mlp"` is ours, for short runs and from scratch
                (FROM_SCRATCH). Its bias is an ordinarily initialised MLP, its weights
@@ -84,7 +83,8 @@ mmsegmentation. GMACs are those of 1024x2048 pixels, ResNet-50 and 19 classes.
                first channel is x.
         Here:  As the code.
         Effect: With guidance none: a shift or a stretch of Q is undone by N1's
-               normalisation. Without guidance not measured.
+               normalisation. Without guidance it matters: N1 has the scores of one
+               shift and stretch.
     N4  Order of the numbers in theta.
         Paper: "split and reshaped into the weights and biases".
         Code:  Weights, then biases, of the first, the second and the third layer. The
@@ -162,14 +162,14 @@ mmsegmentation. GMACs are those of 1024x2048 pixels, ResNet-50 and 19 classes.
     N12 Recipes: steps, encoder, scales.
         Paper: Sec. 3 has 160,000 steps for ADE20K and 80,000 for Context and for
                Cityscapes; Table 1 has 84,000, and Table 3 "80k iterations with a 4k
-               linear warm-up". ResNet-50 is the encoder of Tables 1 to 4; Tables 5 and
-               6 have NRD with ResNet-101 and ResNeXt-101 only, Table 7 with ResNet-50
-               and ResNet-101.
+               linear warm-up". ResNet-50 is the encoder of Tables 1 and 3, and Tables 2
+               and 4 have its score; Tables 5 and 6 have NRD with ResNet-101 and
+               ResNeXt-101 only, Table 7 with ResNet-50 and ResNet-101.
         Code:  164,000 and 84,000 steps, the first 4,000 of which are the warm-up. It
                begins at a hundredth of the rate. The stem of the ResNets is deep: three
                3x3 convolutions instead of one 7x7. Each GPU has 4 images, so a step on
-               the paper's four has 16. On ADE20K each has 2, and how many GPUs there
-               were is not said. Stem and first stage of ResNeXt-101 are frozen. Images
+               the paper's four has 16. On ADE20K each has 2, so a step on four has 8.
+               Stem and first stage of ResNeXt-101 are frozen. Images
                of ADE20K are resized to fit into 2048x512 and those of Context into
                520x520, in training and in testing; in training this size is first
                scaled by 0.5 to 2.
@@ -177,20 +177,19 @@ mmsegmentation. GMACs are those of 1024x2048 pixels, ResNet-50 and 19 classes.
                7x7 stem, because torchvision has ImageNet weights for that one;
                `--backbone resnet101c --weights FILE` is the paper's. Nothing is frozen.
                `evaluate.py score --base-size LONG SHORT` resizes test images likewise.
-               On ADE20K a step has 16 images as well, as mmsegmentation's.
+               On ADE20K a step has 16 images, mmsegmentation's, and not 8.
         Effect: The deep stem costs 10.0 GMACs more (1024x2048; the demo and
                `evaluate.py cost` have it). On scores: not measured.
     N13 Released checkpoints, and numbers.
         Paper: Its tables.
         Code:  The list beside the checkpoints differs from them: ResNeXt-101 has 46.35
                on ADE20K by several scales (paper: 46.09); on the validation images of
-               Cityscapes, by several scales, it has 80.8 and 82.0; on Context, by one
-               scale, 52.31 for 59 classes and 47.5 for 60. Two configurations name
-               heads whose guidance map comes from stage 1 or 3 instead of 2. Those
-               heads are not in the release.
+               Cityscapes, by several scales, ResNet-50 has 80.8 and ResNet-101 82.0;
+               on Context, by one scale, ResNet-101 has 52.31 for 59 classes and 47.5
+               for 60. Two configurations name heads whose guidance map comes from
+               stage 1 or 3 instead of 2. Those heads are not in the release.
         Here:  `convert` takes such a checkpoint; guidance is from stage 2 only. What is
-               published stands in
-               results/published.csv, the list's numbers as remarks.
+               published stands in results/published.csv, the list's numbers as remarks.
         Effect: With equal weights our NRD gives the same logits and gradients as a
                literal restatement of the authors' head (1e-10, float64, see
                tests/test_nrd.py).
@@ -549,9 +548,8 @@ class BilinearDecoder(nn.Module):
 class DUCDecoder(nn.Module):
     """Table 3: dense upsampling convolution, 64 channels at each of a cell's points.
 
-    Like NRD it lets a location draw its own patch. But every point of the patch gets a
-    linear map of its own, which takes 64*8*8 = 4096 channels where NRD needs 899.
-    [N10]
+    Like NRD it lets a location draw its own patch. But every point of the patch gets 64
+    channels of its own: 64*8*8 = 4096, where Table 3's NRD needs a theta of 267. [N10]
     """
 
     def __init__(self, in_channels: int, num_classes: int, *, channels=64, points=8):
@@ -831,7 +829,12 @@ def explain(model: NRD, image: Tensor, *, palette=None, classes=None):
                  "own, whose weights θ are predicted")
     draw_overview(above, picture, colours[final], said, cells, s)
     draw_patches(middle, tiles, told, (said != beside).float().mean())
-    unit = "after the batch norm" if decoder.guidance else "shares of the cell's side"
+    if decoder.guidance:
+        unit = "after the batch norm"
+    elif decoder.coordinates.min() < 0:
+        unit = "standardised"
+    else:
+        unit = "shares of the cell's side"
     draw_layers(below, layers, highest, colours, told, unit)
     seen = torch.cat([x.flatten() for x in (highest, said, beside, *others)])
     class_legend(names, seen, colours, classes)
@@ -889,8 +892,8 @@ def cells_that_differ(planes: Tensor, s: int, h: int, w: int) -> list[tuple[int,
 
     `planes` (K, s*h, s*w) is 1 where a class was drawn. A cell's histogram says how
     much of it each class has. The other two are the farthest from those before, by
-    histogram and by place, among the cells with more than one class, if there are
-    three.
+    histogram and by place. Cells of which one class has 90 % are left out, if three
+    others are there.
     """
     cells = planes[:, :s * h, :s * w].unfold(1, s, s).unfold(2, s, s)
     histograms = cells.mean((3, 4)).flatten(1).T  # a row of K shares per cell

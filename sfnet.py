@@ -19,7 +19,7 @@ Dimension key
 
 Paper -> code
     | Fig. 3 (c)         | SFNet.decode       | encoder, context, decoder |
-    | Fig. 3 (c), end    | SFNet.to_pixels    | from 1/4 to the image's size |
+    | Fig. 3 (c), end    | SFNet.to_pixels    | from F_2's to the image's size |
     | Fig. 3 (a)         | FAM.forward        | flow from both maps, then warp |
     | Fig. 3 (b)         | warp               | Eq. (2), then Eq. (3) |
     | Sec. 3.2, Eq. (1)  | predict_flow       | conv_l(cat(F_l, F_(l-1))) |
@@ -46,9 +46,10 @@ older code, TorchCV, is mentioned where the two differ.
         Code:  Each of the two maps goes through its own 1x1 convolution to half of its
                channels. One 3x3 convolution turns both results into the flow. None of
                the three has a bias. One 1x1 convolution per level, the lateral, brings
-               the encoder's map to the pyramid's width.
+               the encoder's map to the pyramid's width, 128 for ResNet-18 and 256 for
+               deeper ones, which the paper does not name.
         Here:  As the code.
-        Effect: The network then has 12,869,715 parameters on ResNet-18 without
+        Effect: The network then has 12,869,715 parameters on `resnet18s` without
                auxiliary heads, the 12.87 M of the paper's Tables 3 and 4.
     N2  Unit of the flow.
         Paper: In Eq. (2) a flow of 1 is one pixel of the finer map.
@@ -100,8 +101,9 @@ older code, TorchCV, is mentioned where the two differ.
         Here:  Bilinear as well, but the coarsest level is first. `convert` permutes the
                input channels of `fuse`.
         Effect: Three more FAMs in the fusion would give SFNet 12.93 M parameters on
-               ResNet-18, where Tables 3 and 4 print 12.87 M, so the paper's network has
-               none there. The order does not matter to a network that is trained here.
+               `resnet18s`, where Tables 3 and 4 print 12.87 M, so the paper's network
+               has none there. The order does not matter to a network that is trained
+               here.
     N7  A 3x3 convolution on the sums.
         Paper: Names none. In Sec. 3.3 maps are "fused into their bottom levels via
                element-wise addition", then "up-sampled to the same resolution" and
@@ -118,10 +120,13 @@ older code, TorchCV, is mentioned where the two differ.
         Code:  Each sum has a head whose loss has weight 1. Every loss keeps the pixels
                whose true class has a probability below 0.7, and at least 100,000
                pixels: in SFSegNets of the 2 images of one process, which is 4.8 % of
-               two crops of 1024x1024, in TorchCV of each image, which is 9.5 %.
+               two crops of 1024x1024, in TorchCV of each image, which is 9.5 %. But
+               SFSegNets' scripts for ResNet-18 and ResNet-101 have no heads and keep at
+               least 10,000 pixels.
         Here:  The losses have weight 1, as in the code. Of each image the hardest 10 %
                count, as in the paper. TorchCV's rule is `--ohem 0.095 --ohem-threshold
-               0.7`; with 0.048 it is SFSegNets', but for counting image by image.
+               0.7`; with 0.048 it is SFSegNets' with heads, and with `--set aux=False
+               --ohem 0.0048` without, but for counting image by image.
         Effect: The paper's Params do not include the heads. The two rules agree at the
                end of training and not at its start, when nearly every pixel is below
                0.7 and the code's rule trains on all: on synthetic logits of 19 classes
@@ -158,13 +163,15 @@ older code, TorchCV, is mentioned where the two differ.
                Do not compare these costs.
     N12 Rivals of PPM and FAM in Tables 1 and 2.
         Paper: Names them without their dimensions.
-        Code:  Not released.
-        Here:  As usual in the field. FCN: one 3x3 convolution. ASPP: rates 3, 6 and 9.
-               Correlation: offsets of up to 4 positions. Non-local: its last batch norm
-               usually starts at 0; ours starts at 1, or no gradient would reach theta,
-               phi and g in the first step. Deformable convolution: offsets start at 0.
+        Code:  Not released, but for an ASPP with rates 6, 12 and 18 at 1/16.
+        Here:  As usual in the field. FCN: one 3x3 convolution. ASPP: rates 3, 6 and 9,
+               at 1/32. Correlation: offsets of up to 4 positions, at F_5 alone, because
+               FAM has there the 77.5 that Table 2 (c) compares it with. Non-local: its
+               last batch norm usually starts at 0; ours starts at 1, or no gradient
+               would reach theta, phi and g in the first step. Deformable convolution:
+               offsets start at 0.
         Effect: Table 1 (c) prints 148.0 GFLOPs with the non-local module and 138.6 with
-               ASPP; ours cost 124.11 and 124.95 (`evaluate.py cost`). On scores: not
+               ASPP; ours cost 123.95 and 125.40 (`evaluate.py cost`). On scores: not
                measured.
     N13 Numbers in the paper that disagree with each other.
         Paper: FAM without PPM has 77.2 in Table 1 (a) and 76.4 in (c). FAM with PPM has
@@ -207,7 +214,8 @@ older code, TorchCV, is mentioned where the two differ.
                `pspnet` has both the ReLU and the 3x3 convolution. It still differs from
                PSPNet's code, which dilates the first block of a stage like the others,
                and from mmsegmentation, which enlarges without aligned corners [N3].
-        Effect: Costs are equal to all printed digits. On scores: not measured.
+        Effect: The ReLU changes no printed digit of a cost; `pspnet` comes within
+               0.05 % of the printed costs. On scores: not measured.
     N16 Scales in testing.
         Paper: Tables 1 to 3 and 6 use one scale and the whole image. Sec. 7 states for
                the test set of Cityscapes, Tables 4 and 8, "7 scales 0.5, 0.75, 1, 1.25,
@@ -235,7 +243,8 @@ older code, TorchCV, is mentioned where the two differ.
         Code:  Three levels, of 128, 256 and 512 channels; a pyramid of 64. DF1 has its
                last two levels at 1/32, and nothing of its pyramid is finer than 1/16.
         Here:  The code's levels, with a pyramid of 128, as on ResNet-18. `--set
-               channels=64` is the code's.
+               channels=64` is the code's. ShuffleNetV2, of which nothing is said
+               either, has levels at 1/32, 1/16 and 1/8 and a pyramid of 128.
         Effect: With 128 the GMACs of Table 1 (d) are met within 0.8 % (DF1) and 0.4 %
                (DF2); with 64 they would be 12 and 17 % below. The parameters are 9.24
                and 18.70 M, with 64 8.42 and 17.88 M. DF2 alone has 17.47 M, so the
@@ -301,8 +310,8 @@ SEC41 = "paper, Sec. 4.1"
 SEC8 = "paper, Sec. 8"
 SAME = "paper, Sec. 4.1, since Sec. 8 names none"
 SEC7 = "paper, Sec. 7"
-DEEP = ("the paper's has the deep stem, {0}s, for which torchvision has no weights: "
-        "--backbone {0}s --weights FILE")  # [N10]
+DEEP = ("by its parameters the paper's is {0}s, with a deep stem, for which "
+        "torchvision has no weights: --backbone {0}s --weights FILE")  # [N1] [N10]
 SHARED = {"weights": ("imagenet", "paper, Sec. 3.3"), "momentum": (0.9, SEC41),
           "weight_decay": (5e-4, SEC41), "power": (0.9, SEC41),
           "min_lr": (0.0, "paper, Sec. 4.1: poly ends at 0"),
@@ -342,7 +351,7 @@ RECIPES = {  # [N14]; the scales of testing are no part of it  [N16]
 # task: minutes=15 points=5 section='Sec. 3.1'
 def enlarge(x: Tensor, size: tuple[int, int],
             rows: tuple[int, int] | None = None) -> Tensor:
-    """Bilinear enlargement that keeps the corners: position i goes to 2i.  [N3]
+    """Bilinear enlargement that keeps the corners: 0 goes to 0, h-1 to q-1.  [N3]
 
     x (B, C, h, w), size (q, r) -> (B, C, q, r); with rows (lo, hi) the rows lo..hi-1
     of that alone, (B, C, hi - lo, r), so that a large image can be done in strips.
@@ -614,7 +623,7 @@ def supervision_head(channels: int, num_classes: int) -> nn.Sequential:
 
 
 class AlignedFPN(nn.Module):
-    """Sec. 3.3: from coarse to fine, align and add; then classify all levels at 1/4.
+    """Sec. 3.3: from coarse to fine, align and add; then classify all levels at once.
 
     stages: the encoder's stages on the way down, coarse first, and the channels of
     each. align: for each stage the module that brings the coarser sum onto its grid,
@@ -757,9 +766,11 @@ class SFNet(nn.Module):
         return {"out": self.to_pixels(logits, images.shape[-2:]), "aux": aux}
 
     def decode(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """images (B, 3, H, W) -> logits (B, K, q, r) at 1/4, auxiliary ones (at H, W).
+        """images (B, 3, H, W) -> logits (B, K, q, r), auxiliary ones (at H, W).
 
-        A decoder without a way down, `fcn`, leaves its logits at the context's size.
+        They are at the size of the finest level: 1/4 of the image with a ResNet, 1/8
+        with ShuffleNetV2 and DF2, 1/16 with DF1. A decoder without a way down, `fcn`,
+        leaves them at the context's size.
         """
         H, W = images.shape[-2:]
         features = self.encoder(images)
@@ -773,7 +784,7 @@ class SFNet(nn.Module):
     def to_pixels(self, logits: Tensor, size: tuple[int, int], rows=None) -> Tensor:
         """logits (B, K, q, r), size (H, W) -> (B, K, H, W), or its rows lo..hi-1 alone.
 
-        The last step, by about 4 on each side. There is nothing to learn in it.
+        The last step. There is nothing to learn in it.
         """
         return enlarge(widened(logits), size, rows)
 
@@ -799,15 +810,17 @@ def dilate_second_convolutions(encoder: nn.Module) -> None:
 
 
 def build(num_classes: int, *, backbone="resnet18", weights="none", decoder="fpn",
-          context="ppm", channels: int | None = None, aligned=(3, 4, 5), align="fam",
-          upsampling="bilinear", kernel=3, flow_unit="pixels", output_stride=32,
-          ceil_mode=True, extra_dilation=False, aux=True) -> SFNet:
+          context="ppm", channels: int | None = None,
+          aligned: tuple[int, ...] | None = None, align="fam", upsampling="bilinear",
+          kernel=3, flow_unit="pixels", output_stride=32, ceil_mode=True,
+          extra_dilation=False, aux=True) -> SFNet:
     """SFNet or one of its rivals; VARIANTS names the rows of the paper's tables.
 
     context         'ppm', 'ppm-relu', 'psp' (N15), 'none', 'conv', 'aspp', 'non-local'
     channels        the width D; None: 128 for ResNet-18, ShuffleNetV2 and DF [N18],
                     else 256
-    aligned         the levels l whose map F_l is aligned with F_(l-1) (Table 1 b)
+    aligned         the levels l whose map F_l is aligned with F_(l-1) (Table 1 b);
+                    None: all that the pyramid has
     align           by 'fam', 'correlation' (Table 2 c) or 'dcn' (Table 2 d)
     upsampling      of the coarse map before the flow is predicted (Table 2 a)
     kernel          of the flow convolution (Table 2 b)
@@ -841,13 +854,19 @@ def build(num_classes: int, *, backbone="resnet18", weights="none", decoder="fpn
     if backbone.startswith("shufflenet"):
         # It has no stage at 1/4, only its pooled stem: classify at 1/8.
         pyramid = {4: "res4", 3: "res3"}
+    levels = [level + 1 for level in pyramid]
+    if aligned is not None and not set(aligned) <= set(levels):
+        raise UserError(f"aligned={aligned!r}: with {backbone} the levels are {levels}")
+    if upsampling == "deconv" and backbone == "df1":
+        raise UserError("upsampling='deconv' doubles a map: F_5 and F_4 of df1 are "
+                        "equally large")
     stages = {stage: encoder.channels[stage] for stage in pyramid.values()}
     # Two names for one module. The paper calls a FAM after the coarse map F_l that it
     # moves; the pyramid, which goes from stage to stage, keeps it at the fine stage
     # l - 1 that receives the result. So the FAM "at F_5" is align["res4"].
     align_modules = {}
     for level, stage in pyramid.items():
-        has_flow = level + 1 in aligned
+        has_flow = aligned is None or level + 1 in aligned
         align_modules[stage] = aligners[align]() if has_flow else ZeroFlow()
     heads = [supervision_head(D, num_classes) for _ in stages if aux]
     return SFNet(encoder, context_module,
@@ -883,6 +902,7 @@ def convert(state: dict, model: SFNet) -> dict[str, Tensor]:
 
     The model that computes the same is the variant `released` on resnet18s, resnet50s
     or resnet101s, with aux=False if the checkpoint was trained without auxiliary heads.
+    Whether res4 and res5 were dilated, the code's default, no checkpoint says.  [N10]
     Nothing is left out on either side, but for tensors of a loss (criterion) and of
     ImageNet's classifier (fc): what does not fit is an error that names it.
     """
@@ -890,6 +910,9 @@ def convert(state: dict, model: SFNet) -> dict[str, Tensor]:
         if isinstance(module, FAM) and module.flow_unit != "released":
             raise UserError("the checkpoint's flow is in the released unit, the "
                             "model's is not: build sfnet:released (note N2)")
+    if any(getattr(layer, "ceil_mode", False) for layer in model.encoder.modules()):
+        raise UserError("the checkpoint's pooling rounds down, the model's up: build "
+                        "sfnet:released, or pass ceil_mode=False (note N5)")
     state = {name.removeprefix("module."): value
              for name, value in state.get("state_dict", state).items()}
     converted = {}
@@ -1203,7 +1226,8 @@ def demo(file: str = "") -> None:
     features = model.encoder(image)
     context = model.context(features["res5"])
     logits, (s4, s3, s2) = model.decoder(context, features)
-    more = {"context": context, "sum 4": s4, "sum 3": s3, "sum 2": s2, "out": logits}
+    more = {"context": context, "sum 4": s4, "sum 3": s3, "sum 2": s2,
+            "logits": logits, "out": model.to_pixels(logits, image.shape[-2:])}
     for name, x in ({"image": image} | features | more).items():
         print(f"{name:<8} {tuple(x.shape)}")
     if file:

@@ -745,12 +745,14 @@ def test_a_checkpoint_without_flow_is_the_ordinary_pyramid():
     """SFSegNets' UperNetHead has all names but FAM's, as our variant `fpn` has."""
     state = {f"module.{name}": x for name, x in random_checkpoint().items()
              if "align" not in name}
-    model = common.build_model("sfnet:fpn", 5, backbone="resnet18s", channels=16)
+    model = common.build_model("sfnet:fpn", 5, backbone="resnet18s", channels=16,
+                               ceil_mode=False, extra_dilation=True)
     model.load_state_dict(sfnet.convert({"state_dict": state}, model))
 
 
 @pytest.mark.parametrize("spec, options, change, said", [
-    ("sfnet", {}, {}, "build sfnet:released"),
+    ("sfnet", {}, {}, "released unit"),
+    ("sfnet", {"flow_unit": "released"}, {}, "rounds down"),
     ("sfnet:released", {"aux": False}, {}, "head.dsn.0.0.weight"),
     ("sfnet:released", {"backbone": "resnet18"}, {}, "layer0.0.weight"),
     ("sfnet:released", {"num_classes": 6}, {}, "head.conv_last.1.weight"),
@@ -766,6 +768,16 @@ def test_what_does_not_fit_is_named(spec, options, change, said):
     with pytest.raises(common.UserError) as error:
         sfnet.convert(state | change, model)
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize("backbone, options, said", [
+    ("resnet18", {"aligned": (2, 3, 4)}, r"the levels are \[5, 4, 3\]"),
+    ("df2", {"aligned": (3,)}, r"the levels are \[5, 4\]"),
+    ("df1", {"upsampling": "deconv"}, "equally large")])
+def test_levels_that_the_pyramid_lacks_are_refused(backbone, options, said):
+    """Left out in silence, a FAM at a level that is not there would make SFNet an FPN."""
+    with pytest.raises(common.UserError, match=said), torch.device("meta"):
+        common.build_model("sfnet", 5, backbone=backbone, **options)
 
 
 @pytest.mark.parametrize("options", [{"backbone": "shufflenet_v2_x1_5"},
