@@ -1065,18 +1065,26 @@ def load_file(path: Path) -> dict:
     return content
 
 
+def fits_its_checksums(path: Path) -> bool:
+    """torch.load reads a flipped bit without a word: the weights are just others."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except Exception:  # half a dozen kinds for damage outside the weights
+        return False
+
+
 def load_checkpoint(path: str | Path) -> dict:
     """A checkpoint's content, verified; a run folder stands for its last.pt."""
     path = checkpoint_file(path)
     checkpoint = load_file(path)
+    if not fits_its_checksums(path):
+        raise Damaged(f"{path} is damaged (what is in it does not fit its checksums)")
     if "format" not in checkpoint:
         raise Damaged(f"{path} is not a checkpoint of this train.py")
     if checkpoint["format"] != FORMAT:
         raise UserError(f"{path} has format {checkpoint['format']}, this library reads "
                         f"format {FORMAT}; use the version that wrote it")
-    # torch.load reads a file with a flipped bit without a word: weights are just other.
-    if not zipfile.is_zipfile(path) or zipfile.ZipFile(path).testzip():
-        raise Damaged(f"{path} is damaged (what is in it does not fit its checksums)")
     fault = wrong_field(checkpoint)
     if fault:
         raise Damaged(f"{path} was not written by train.py: {fault}")
@@ -1277,6 +1285,11 @@ def peak_memory(device) -> float:
 class Parser(argparse.ArgumentParser):
     """argparse, but a mistake is a UserError: one sentence, as every other."""
 
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.add_argument("--debug", action="store_true", default=argparse.SUPPRESS,
+                          help="show tracebacks")  # see show_errors
+
     def error(self, message: str):
         raise UserError(f"{message}; --help lists all options")
 
@@ -1337,8 +1350,8 @@ class Sturdy:
 def show_errors(argv: list[str] | None = None):
     """A program's frame: a UserError ends in its sentence and exit code, no traceback.
 
-    So does an error of the operating system that names a file. --debug among the
-    arguments shows the traceback.
+    So does an error of the operating system that names a file, and a full disk. --debug
+    among the arguments shows the traceback.
     """
     debug = "--debug" in (sys.argv if argv is None else argv)
     with redirect_stdout(Sturdy(sys.stdout)), redirect_stderr(Sturdy(sys.stderr)):
@@ -1349,7 +1362,8 @@ def show_errors(argv: list[str] | None = None):
                 error = UserError(str(error))  # of an assignment, not written yet
             for each in filter(None, (error, error.__context__)):
                 traceback.clear_frames(each.__traceback__)  # loader processes end here
-            named = isinstance(error, OSError) and error.filename
+            named = isinstance(error, OSError) and (
+                error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT))
             known = named or isinstance(error, (UserError, KeyboardInterrupt))
             if debug or not known:
                 raise

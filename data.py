@@ -881,11 +881,17 @@ ALL_BINARY = ("every mask looked at holds 0 and 255 alone, where 255 means ignor
               "binary masks? Write 1 instead of 255")
 
 
-def check_some(dataset, *, count: int = 64) -> None:
-    """Load evenly spaced samples: a wrong data set must fail before the first step."""
+def check_some(dataset, *, count: int = 64) -> set[tuple[int, int]]:
+    """Load evenly spaced samples: a wrong data set must fail before the first step.
+
+    Returns the sizes that occur among them.
+    """
     picked = range(0, len(dataset), max(1, len(dataset) // count))
-    pixels = {i: torch.bincount(dataset.load(i)[1].flatten(), minlength=256)
-              for i in picked}
+    pixels, sizes = {}, set()
+    for i in picked:
+        labels = dataset.load(i)[1]
+        pixels[i] = torch.bincount(labels.flatten(), minlength=256)
+        sizes.add(tuple(labels.shape))
     binary = [i for i in picked if is_binary(pixels[i])]
     if len(binary) == len(picked):
         raise UserError(f"{dataset.name(0)} and others: {ALL_BINARY}")
@@ -894,6 +900,7 @@ def check_some(dataset, *, count: int = 64) -> None:
                         f"masks are ignored; there is nothing to learn or to score")
     warn_of_binary(dataset, binary)
     warn_of_turned(dataset, picked)
+    return sizes
 
 
 def warn_of_turned(dataset, indices) -> None:
@@ -1102,11 +1109,11 @@ def outlive_a_signal(worker: int) -> None:
     """A loader process goes on while its parent finishes the step it was stopped in.
 
     Ctrl-C, torchrun and SLURM signal the loader's processes, too. But they must end one
-    day even if nobody tells them: half a minute after SIGTERM.
+    day even if nobody tells them: after SIGTERM, when the parent would give them up.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):  # not on Windows, where nobody sends SIGTERM either
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(STUCK))
 
 
 def loader(dataset, workers: int, **options) -> torch.utils.data.DataLoader:
@@ -1134,11 +1141,14 @@ def whole_loader(dataset, indices: list[int], batch: int, *, workers: int, upper
 
 def same_size(samples: list[tuple[Tensor, Tensor]]):
     """The usual batch, or a sentence that says why there is none."""
-    sizes = sorted({tuple(labels.shape) for _, labels in samples})
+    check_one_size({tuple(labels.shape) for _, labels in samples})
+    return torch.utils.data.default_collate(samples)
+
+
+def check_one_size(sizes: set[tuple[int, int]]) -> None:
     if len(sizes) > 1:
         raise UserError(f"--bn-images needs whole images of one size, but there are "
-                        f"{sizes[0]} and {sizes[-1]}; pass --bn-images 0")
-    return torch.utils.data.default_collate(samples)
+                        f"{min(sizes)} and {max(sizes)}; pass --bn-images 0")
 
 
 def val_loader(dataset, *, workers: int, start=0, step=1, upper_bound=False):
@@ -1168,10 +1178,9 @@ def examine(dataset, index: int) -> tuple[str, str, Tensor]:
 def survey(dataset, title: str, workers: int) -> tuple[dict, Counter, Tensor]:
     """Read all: {index: fault}, how often each size occurs, (images, 256) pixels."""
     faults, sizes, counts = {}, Counter(), []
-    loader = torch.utils.data.DataLoader(
-        range(len(dataset)), batch_size=None, num_workers=workers,
-        collate_fn=partial(examine, dataset))  # called by the loader processes
-    for index, (fault, size, pixels) in enumerate(loader):
+    examined = loader(range(len(dataset)), workers, batch_size=None,
+                      collate_fn=partial(examine, dataset))  # by the loader processes
+    for index, (fault, size, pixels) in enumerate(examined):
         if fault:
             faults[index] = fault
         else:

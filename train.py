@@ -67,10 +67,10 @@ def train(args) -> float:
             stop = agree(run, asked.signal)
             if stop or save_is_due(run):
                 save(run)
+            if run.evaluated == run.total:
+                break
             if stop:
                 raise Stopped(stop, run)
-            if run.done == run.total:
-                break
             images, labels = feed.next()
             losses, rate = train_step(run, images, labels)
             if run.done % args.log_every == 0 or run.done == run.total:
@@ -194,7 +194,12 @@ def make_optimizer(model: nn.Module, values: dict) -> torch.optim.Optimizer:
 
 
 def evaluate(run: Run, asked: Signals) -> None:
-    """Score the validation split and keep the best, unless a signal cuts it short."""
+    """Score the validation split and keep the best, unless a signal cuts it short.
+
+    The run is saved before, so that a fault here costs no step.
+    """
+    if not run.bad_steps:
+        save(run)
     if run.world > 1:
         same_buffers(run.model)
     if run.values["bn_images"]:
@@ -529,7 +534,9 @@ def prepare_data(args, values: dict):
                           difficulty=args.difficulty)
         for split in (args.train_split, "val"))
     if args.dataset != "streets":
-        data.check_some(train_set)
+        sizes = data.check_some(train_set)
+        if values["bn_images"]:
+            data.check_one_size(sizes)
         data.check_some(val_set)
     data.Batches(len(train_set), values["batch"], start=0, stop=0, seed=0)  # enough?
     return train_set, val_set
@@ -656,7 +663,7 @@ def identity(args, values: dict, options: dict, device, train_set, val_set) -> d
             "recipe": {name: list(value) if isinstance(value, tuple) else value
                        for name, value in values.items()},
             "args": {name: value for name, value in vars(args).items()
-                     if name not in ("given", "resume", "debug")},
+                     if name not in ("given", "resume")},
             "environment": environment(device, args)}
 
 
@@ -711,7 +718,8 @@ OPTIONS = {  # all that is not in the recipe
     "train_split": Option("train", "as trainval, after which the mIoU on val says "
                                    "nothing (default train)"),
     "data_root": Option(None, "folder of the data set, as distributed", metavar="DIR"),
-    "difficulty": Option(0.5, "of streets: 0 clean .. 1 noisy, dark, alike (0.5)"),
+    "difficulty": Option(0.5, "of streets: 0 clean .. 1 noisy, dark, alike (0.5)",
+                         most=1),
     "out": Option(None, "run folder (default runs/METHOD-DATASET-sSEED)",
                   metavar="DIR"),
     "resume": Option(None, "go on with an interrupted run", metavar="DIR"),
@@ -736,7 +744,6 @@ OPTIONS = {  # all that is not in the recipe
                    choices=(0, 1)),
     "deterministic": Option(False, "repeatable algorithms on a GPU; torch warns of "
                                    "operations without one", flag=True),
-    "debug": Option(False, "show tracebacks", flag=True),
 }
 
 
@@ -771,6 +778,7 @@ def parse(argv=None) -> argparse.Namespace:
     for name, option in RECIPE.items():
         add_option(group, name, option)
     given = vars(parser.parse_args(argv))
+    given.pop("debug", None)  # which show_errors reads
     for name, value in given.items():
         if value == "":  # a script's variable that is not set
             raise UserError(f"--{name.replace('_', '-')} is empty")
@@ -806,7 +814,7 @@ def main(argv=None) -> int:
 # --- Several processes ---------------------------------------------------------------
 
 # What each process may be told otherwise: where it works, not what it does.
-MAY_DIFFER = ("given", "device", "workers", "data_root", "out", "log_every", "debug")
+MAY_DIFFER = ("given", "device", "workers", "data_root", "out", "log_every")
 
 
 def check_processes(args, values: dict, device: torch.device) -> None:
@@ -953,7 +961,10 @@ def lock(folder: Path):
 
 
 def save(run: Run, name="last.pt") -> None:
-    """Write all that the next step depends on; last.pt becomes prev.pt."""
+    """Write all that the next step depends on; last.pt becomes prev.pt.
+
+    Not where last.pt is of the same step, before its evaluation: prev.pt is older.
+    """
     if run.rank > 0 or (name == "last.pt" and run.saved == (run.done, run.evaluated)):
         return
     model = run.model.state_dict()
@@ -968,7 +979,8 @@ def save(run: Run, name="last.pt") -> None:
         "log": run.rows, "model": model, "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict()}
     if name == "last.pt":
-        save_checkpoint(state, run.folder / name, keep=run.folder / "prev.pt")
+        older = None if run.saved[:1] == (run.done,) else run.folder / "prev.pt"
+        save_checkpoint(state, run.folder / name, keep=older)
         run.saved = run.done, run.evaluated
         run.log.write_all()
     else:
@@ -1139,22 +1151,26 @@ def kept_alive(run: Run):
     with run.lock or nullcontext(), Signals() as asked:
         try:
             yield asked
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError, OSError) as error:
             advice = machine_fault(error, run)
             if not advice:
                 raise
             said = str(error).splitlines()[0][:200] if str(error) else "no memory"
             raise UserError(f"{advice} ({said}). {run.folder}/last.pt is whole: "
-                            f"--resume {run.folder}", code=1) from None
+                            f"--resume {run.folder}", code=1) from error
 
 
 def machine_fault(error: Exception, run: Run) -> str:
     """What to do about a fault that torch reports in its own terms; "" for a bug."""
     said, args, values = str(error), run.args, run.values
-    if any(word in said for word in ("shared memory", "Bus error", "/torch_")):
+    if "Too many open files" in said:  # whatever was to be opened
+        return "too many open files: raise `ulimit -n`, or lower --workers"
+    if any(word in said for word in ("shared memory", "Bus error", "</torch_")):
         return ("a loader process found no room in /dev/shm, through which its images "
                 "come: give the container more (--shm-size), or pass --workers 0")
-    if "DataLoader worker" in said:
+    # A bug in a loader process comes as "Caught .. in DataLoader worker process 0".
+    if "DataLoader worker (pid" in said or (
+            "DataLoader worker" in said and out_of_memory(error)):
         return ("a loader process was killed, mostly for want of memory: lower "
                 "--workers or --batch")
     if "DataLoader timed out" in said:
@@ -1162,13 +1178,15 @@ def machine_fault(error: Exception, run: Run) -> str:
             process.kill()  # it would not hear anything less
         return (f"a loader process said nothing for {data.STUCK} s: a disk that does "
                 f"not answer? Try fewer --workers")
-    if "Too many open files" in said:
-        return "too many open files: raise `ulimit -n`, or lower --workers"
     if out_of_memory(error):
         crop = " ".join(map(str, values["crop"]))
+        parts = f"--accumulate {2 * args.accumulate}, or "
+        try:
+            check_split(values["batch"], run.world, 2 * args.accumulate, run.device)
+        except UserError:
+            parts = ""
         return (f"out of memory at --batch {values['batch']} --crop {crop}, peak "
-                f"{peak_memory(run.device):.1f} GB: try --accumulate "
-                f"{2 * args.accumulate}, or a smaller one of these")
+                f"{peak_memory(run.device):.1f} GB: try {parts}a smaller one of these")
     if run.world > 1 and "imed out" in said:
         return f"another process of this run has said nothing for {PATIENCE}"
     if run.world > 1 and any(word in said for word in ("onnection", "NCCL")):

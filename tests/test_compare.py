@@ -276,6 +276,16 @@ def test_an_option_that_the_encoder_needs_is_one_that_matters():
     assert evaluate.used_options(checkpoint) == {"guidance": False}
 
 
+@pytest.mark.parametrize("option", ["learn_upsampling", "mean"])
+def test_an_option_that_acts_in_training_alone_is_one_that_matters(option):
+    """What is learned, and a buffer that is zero at first, make other experiments."""
+    options = {option: True}
+    checkpoint = {"method": "dupsampling", "classes": ["a", "b"],
+                  "backbone": "resnet18", "options": options}
+    assert evaluate.used_options(checkpoint) == options
+    assert evaluate.used_options(checkpoint | {"method": "dupsampling:bilinear"}) == {}
+
+
 def test_what_cannot_be_compared_is_refused(two, tmp_path, capsys):
     """Runs that have learned from other images, or read the answer."""
     state = common.load_checkpoint(two / "b")

@@ -1,4 +1,5 @@
 """What machines and strange files do to the programs: each ends in a sentence."""
+import errno
 import io
 import math
 import socket
@@ -57,6 +58,16 @@ def test_an_error_that_names_a_file_is_a_sentence(capsys):
     assert stop.value.code == 4 and "/nowhere/at/all" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError), common.show_errors(["--debug"]):
         open("/nowhere/at/all")
+    with pytest.raises(SystemExit) as stop, common.show_errors([]):
+        raise OSError(errno.ENOSPC, "No space left on device")  # a write names no file
+    assert stop.value.code == 4 and "No space left" in capsys.readouterr().err
+
+
+def test_debug_is_understood_by_every_program():
+    """Where an error says "--debug shows more", it may stand behind the command."""
+    assert evaluate.parse(["export", "RUN", "--out", "x.pt2", "--debug"]).debug
+    assert data.parse(["--dataset", "streets", "--debug"]).debug
+    assert train.parse(["--debug"]).given == []
 
 
 def test_a_number_is_not_lost_to_a_folder(tmp_path, stopped, capsys):
@@ -158,11 +169,29 @@ def test_what_torch_says_of_a_machine_becomes_advice(tmp_path):
     run = train.start_run(train.parse([*FOUR_STEPS, "--out", str(tmp_path)]))
     run.world = 2
     for said, advice in (("Timed out waiting 600000ms for recv", "for 0:10:00"),
+                         ("DataLoader worker (pid 7) is killed by signal: Killed.",
+                          "loader process was killed"),
+                         ("Caught RuntimeError in DataLoader worker process 0.\nDefault"
+                          "CPUAllocator: can't allocate memory", "was killed"),
+                         ("unable to open shared memory object </torch_42_7_0> in "
+                          "read-write mode: Too many open files (24)", "ulimit -n"),
                          ("Connection closed by peer", "has ended"),
                          # Docker's 64 MB of /dev/shm, in two of torch's voices:
                          ("unable to allocate shared memory(shm)", "--shm-size"),
                          ("unable to write to file </torch_42_7>", "--shm-size")):
         assert advice in train.machine_fault(RuntimeError(said), run)
+    assert "ulimit -n" in train.machine_fault(OSError(24, "Too many open files"), run)
+    assert train.machine_fault(RuntimeError(
+        "Caught RuntimeError in DataLoader worker process 0.\n"
+        "File /home/u/torch_env/lib.py: a bug"), run) == "", "a bug has no advice"
+
+
+def test_advice_on_memory_is_followed_by_no_refusal(tmp_path):
+    """Four images make two parts of two; four parts of one batch norm would refuse."""
+    run = train.start_run(train.parse([*FOUR_STEPS, "--out", str(tmp_path)]))
+    assert "try --accumulate 2, or a smaller" in train.machine_fault(MemoryError(), run)
+    run.args.accumulate = 2
+    assert "try a smaller" in train.machine_fault(MemoryError(), run)
 
 
 # --- Files of others -----------------------------------------------------------------

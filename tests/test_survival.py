@@ -181,6 +181,21 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(how, stopped, undamage
     assert_same(undamaged, contents(stopped))
 
 
+def test_one_bit_of_a_header_is_damage_like_any_other(written):
+    """Names, sizes and flags of the file's parts: zipfile and torch fail in many ways."""
+    whole = written.read_bytes()
+    for place in (*range(60), *range(len(whole) - 400, len(whole))):
+        for bit in (1, 64):
+            content = bytearray(whole)
+            content[place] ^= bit
+            written.write_bytes(content)
+            try:
+                same = load_checkpoint(written)["x"].eq(1).all()
+                assert same, "other weights, without a word"
+            except common.Damaged:
+                pass
+
+
 @pytest.mark.parametrize("how", ["half", "gone"])
 def test_two_damaged_checkpoints_are_an_error_and_stay(how, stopped, capsys):
     """Exit 2, both are named, and every file is as before: somebody may rescue it."""

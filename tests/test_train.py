@@ -1,9 +1,12 @@
 """Training from the command line: recipes, steps, what a run leaves, mistakes."""
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import data
@@ -96,6 +99,47 @@ def test_bn_images_must_have_one_size():
     samples = [(torch.zeros(3, 4, w), torch.zeros(4, w)) for w in (5, 6)]
     with pytest.raises(UserError, match=r"\(4, 5\) and \(4, 6\); pass --bn-images 0"):
         data.same_size(samples)
+
+
+def test_bn_images_of_two_sizes_are_refused_before_the_first_step(tmp_path, capsys):
+    """And not at the first evaluation, when the run can no longer do without them."""
+    draw_tree(tmp_path / "tree", "folder", images=4)
+    for kind in ("images", "masks"):
+        file = sorted((tmp_path / "tree/train" / kind).iterdir())[0]
+        picture = Image.open(file)
+        picture.crop((0, 0, 64, picture.height)).save(file)
+    said = train_ends(capsys, 2, *PAIRS, "--dataset", "folder", "--data-root",
+                      tmp_path / "tree", "--iterations", 2, "--bn-images", 4,
+                      "--out", tmp_path / "run").err
+    assert "--bn-images needs whole images of one size" in said
+    assert not (tmp_path / "run/last.pt").exists()
+
+
+def test_a_fault_in_evaluation_costs_no_step(tmp_path, monkeypatch, capsys):
+    """Out of memory while scoring: every step is saved, `evaluate.py` can try again."""
+    def full(*_, **__):
+        raise RuntimeError("CUDA out of memory")
+    monkeypatch.setattr(train, "score_dataset", full)
+    said = train_ends(capsys, 1, *PAIRS, "--iterations", 2, "--eval-every", 2,
+                      "--out", tmp_path).err
+    assert "out of memory" in said and load_checkpoint(tmp_path)["iteration"] == 2
+
+
+def test_a_signal_after_the_last_evaluation_leaves_a_finished_run(tmp_path,
+                                                                  monkeypatch):
+    """Nothing is left to resume, so the run ends as any other, with its pictures.
+
+    (Stopped, it would say that --resume goes on, which refuses finished runs.)
+    """
+    score = train.score_dataset
+
+    def signalled(*args, **options):
+        matrix = score(*args, **options)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return matrix
+    monkeypatch.setattr(train, "score_dataset", signalled)
+    miou = launch(*PAIRS, "--iterations", 2, "--eval-every", 2, "--out", tmp_path)
+    assert load_checkpoint(tmp_path)["miou"] == miou
 
 
 def test_schedule_warms_up_and_decays_to_min_lr():
