@@ -775,7 +775,7 @@ def test_what_does_not_fit_is_named(spec, options, change, said):
     ("df2", {"aligned": (3,)}, r"the levels are \[5, 4\]"),
     ("df1", {"upsampling": "deconv"}, "equally large")])
 def test_levels_that_the_pyramid_lacks_are_refused(backbone, options, said):
-    """Left out in silence, a FAM at a level that is not there would make SFNet an FPN."""
+    """Left out in silence, a FAM at a missing level would make an FPN of SFNet."""
     with pytest.raises(common.UserError, match=said), torch.device("meta"):
         common.build_model("sfnet", 5, backbone=backbone, **options)
 
