@@ -444,19 +444,21 @@ def legend(info, width: int) -> np.ndarray:
 
 def mosaic(rows: list[list[np.ndarray]], info, *, titles=()) -> Image.Image:
     """Rows of pictures (h, w, 3) on white, titles above the columns, a legend below."""
-    width = max(200, *(sum(tile.shape[1] + 4 for tile in row) for row in rows))
+    columns = max(map(len, rows))
+    widths = [max(row[i].shape[1] for row in rows if i < len(row)) + 4
+              for i in range(columns)]
+    lefts = [2 + sum(widths[:i]) for i in range(columns)]
+    width = max(200, sum(widths))
     heights = [max(tile.shape[0] for tile in row) + 4 for row in rows]
     top = 20 if titles else 0
     strip = Image.fromarray(legend(info, width))
     sheet = Image.new("RGB", (width, top + sum(heights) + strip.height), "white")
-    for i, title in enumerate(titles):
-        ImageDraw.Draw(sheet).text((i * width // len(titles) + 4, 2), title,
-                                   fill="black", font=ImageFont.load_default(size=13))
+    for left, title in zip(lefts, titles):
+        ImageDraw.Draw(sheet).text((left + 2, 2), title, fill="black",
+                                   font=ImageFont.load_default(size=13))
     for row, height in zip(rows, heights):
-        left = 2
-        for tile in row:
+        for left, tile in zip(lefts, row):
             sheet.paste(Image.fromarray(tile), (left, top + 2))
-            left += tile.shape[1] + 4
         top += height
     sheet.paste(strip, (0, top))
     return sheet
@@ -555,7 +557,8 @@ def open_cityscapes(name: str, root: Path, split: str) -> Files:
 def open_voc(name: str, root: Path, split: str) -> Files:
     """VOC 2012 by torchvision's reader, but for two lists that it does not know.
 
-    The masks of `voc-aug` train are SBD's, and VOC's own for images that SBD lacks.
+    The masks of `voc-aug` train are SBD's, and VOC's own for images that SBD lacks;
+    mmsegmentation takes VOC's for all 1,464 images of its train.txt.
     """
     base = root / "VOCdevkit" / "VOC2012"
     lists, images = base / "ImageSets" / "Segmentation", files_in(base / "JPEGImages")
@@ -779,7 +782,7 @@ SOURCES = {
     "cityscapes": Source(
         open_cityscapes, tuple(c.name for c in CITYSCAPES),
         tuple(c.color for c in CITYSCAPES),
-        # labelIds 0..33 by torchvision's table; -1, license plate, is stored as 255.
+        # labelIds 0..33 by torchvision's table; -1, license plate, is not drawn.
         make_lut({i: 255 for i in (*range(34), 255)}
                  | {c.id: c.train_id for c in CITYSCAPES}),
         {"train": [2975], "val": [500], "test": [1525]},

@@ -493,8 +493,13 @@ def bands_picture(bands: Bands, miou: float, path: Path) -> None:
 # --- score ---------------------------------------------------------------------------
 
 
-def protocol_of(args) -> Protocol:
-    """The protocol that the command line asks for."""
+def trained_size(checkpoint: dict) -> tuple[int, int]:
+    """The --base-size of the training; (0, 0): images had their own size."""
+    return tuple(checkpoint["recipe"].get("base_size", (0, 0)))
+
+
+def protocol_of(args, checkpoint: dict) -> Protocol:
+    """The protocol that the command line asks for, with the base size of training."""
     if len(set(args.scales)) < len(args.scales):
         raise UserError(f"--scales {args.scales}: different ones, please")
     if args.stride and (not args.window or max(
@@ -503,7 +508,8 @@ def protocol_of(args) -> Protocol:
                         "size; give --window H W, too")
     pair = lambda x: tuple(x) if x else None
     return Protocol(tuple(args.scales), args.flip, args.fuse, pair(args.window),
-                    pair(args.stride), tuple(args.base_size), args.max_pixels)
+                    pair(args.stride), pair(args.base_size) or trained_size(checkpoint),
+                    args.max_pixels)
 
 
 def open_scored(args, checkpoint: dict):
@@ -528,7 +534,8 @@ def command_score(args) -> None:
     checkpoint = load_checkpoint(args.checkpoint)
     # Not after the scoring: a training that goes on replaces the file.
     sha256 = hashlib.sha256(checkpoint_file(args.checkpoint).read_bytes()).hexdigest()
-    protocol, dataset = protocol_of(args), open_scored(args, checkpoint)
+    protocol = protocol_of(args, checkpoint)
+    dataset = open_scored(args, checkpoint)
     folder = Path(args.out or score_folder(args, checkpoint, protocol, dataset))
     if rank_and_world()[0] == 0:
         make_folder(folder)
@@ -646,8 +653,11 @@ def report_text(report: dict, matrix: ConfusionMatrix) -> str:
                      + "  ".join(f"{share:.3%} {f:.4f}"
                                  for share, f in report["boundary_f"]))
     lines.append(f"{report['seconds']} s, peak {report['peak_gb']} GB")
+    how = report["protocol"]
+    how += f", {report['settings']['amp']}" * (report["settings"]["amp"] != "off")
+    how += ", absent classes are 0" * (report["convention"] == "encoding")
     lines.append(matrix.summary(
-        protocol=report["protocol"], expected_images=report["images"],
+        protocol=how, expected_images=report["images"],
         name=report["metric"], miou=report["miou"]))
     return "\n".join(lines)
 
@@ -675,7 +685,7 @@ def command_predict(args) -> None:
     """
     load = load_exported if Path(args.checkpoint).suffix == ".pt2" else photo_model
     checkpoint, model, normalise = load(args.checkpoint, usable(args.device))
-    protocol = protocol_of(args)
+    protocol = protocol_of(args, checkpoint)
 
     @torch.inference_mode()
     def label(image: Tensor) -> np.ndarray:
@@ -920,6 +930,7 @@ def about_export(checkpoint: dict) -> dict:
         "method", "options", "backbone", "dataset", "iteration", "classes", "palette",
         "mean", "std")}
     return about | {
+        "base_size": trained_size(checkpoint),
         "commit": checkpoint["environment"].get("commit", ""),
         "input": "images (B, 3, H, W), H and W from 32 on: RGB in 0..1, less mean, "
                  "divided by std",
@@ -994,6 +1005,7 @@ def load_exported(path: str, device="cpu"):
             about = json.loads(archive.read(name)) | {"data_root": None}
             if archive.testzip():
                 raise ValueError("what is in it does not fit its checksums")
+        about["recipe"] = {"base_size": about.get("base_size", (0, 0))}
         normalise = data.normaliser(about["mean"], about["std"])
         program = torch.export.load(path)
     except Exception as error:  # of a damaged file, torch raises a dozen kinds
@@ -1177,7 +1189,7 @@ def command_cost(args) -> None:
 
 
 def fingerprint(method: str, num_classes: int, backbone: str, options: dict) -> str:
-    """Equal for two networks that start with the same weights and say and learn the same.
+    """Equal for two networks that start with, say, and learn the same.
 
     All buffers are moved a little before they speak, because some are zero until
     training fills them.
@@ -1337,6 +1349,8 @@ def write_csv(path: str | Path, table: list[dict]) -> None:
 
 DRAWS = 2000  # of the bootstrap
 NEAR = 3      # pixels from a class boundary
+# Student's t by degrees of freedom: so many standard errors are 95 %. Beyond: 2.2.
+STUDENT = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306}
 
 
 def ious(counts: Tensor) -> Tensor:
@@ -1355,7 +1369,8 @@ def bootstrap(counts: Tensor, *, block=1, draws=DRAWS) -> Tensor:
 
     For each draw, as many images as there are are drawn with replacement, the same ones
     for every run, and their matrices are added up. So the difference of two runs in one
-    draw is that on equal images.
+    draw is that on equal images, and over equal classes: one that no drawn image has is
+    left out for all, though a run may have found it there.
 
     Images that are drawn one by one are taken for independent. Neighbouring frames of a
     video are not: they say nearly the same twice, and the interval comes out too
@@ -1369,7 +1384,12 @@ def bootstrap(counts: Tensor, *, block=1, draws=DRAWS) -> Tensor:
     times = torch.zeros(draws, N).scatter_add_(1, picked, torch.ones(draws, N))
     flat = counts.reshape(R, N, K * K).float()
     summed = (torch.cat([part @ run for part in times.split(100)]) for run in flat)
-    return torch.stack([mious(run.reshape(draws, K, K)) for run in summed])
+    scores = []
+    for run in summed:
+        matrices = run.reshape(draws, K, K)
+        absent = matrices.sum(-1) == 0  # (draws, K)
+        scores.append(ious(matrices).masked_fill(absent, math.nan).nanmean(-1))
+    return torch.stack(scores)
 
 
 def interval(values: Tensor) -> tuple[float, float]:
@@ -1382,10 +1402,13 @@ class Compared:
     """What several runs say of the same images: a matrix per run and image, twice.
 
     `counts` (R, N, K, K) is over all valid pixels, `near` over those at a boundary of
-    two classes. `differ` (N,) is the share of pixels that not all runs call the same.
+    two classes. `differ` (N,) is the share of pixels that not all of the `pictured`
+    runs call the same.
     """
 
-    def __init__(self, runs: int, images: int, num_classes: int):
+    def __init__(self, images: int, num_classes: int, *, runs: int,
+                 pictured: list[int]):
+        self.pictured = pictured
         shape = runs, images, num_classes, num_classes
         self.counts = torch.zeros(shape, dtype=torch.int32)
         self.near = torch.zeros(shape, dtype=torch.int32)
@@ -1399,7 +1422,8 @@ class Compared:
                 matrix = ConfusionMatrix(counts.shape[-1])
                 matrix.update(truth, guess)
                 counts[run, index] = matrix.counts
-        self.differ[index] = disagreement(labels, guesses).mean()
+        shown = [guesses[run] for run in self.pictured]
+        self.differ[index] = disagreement(labels, shown).mean()
 
 
 def disagreement(labels: Tensor, guesses: list[Tensor]) -> Tensor:
@@ -1427,7 +1451,7 @@ def compared_rows(groups: dict[str, list[dict]], seen: Compared,
     for name, rows in groups.items():
         mine = [i for i, run in enumerate(runs) if run in rows]
         first = first or mine
-        ahead = per_image[mine].mean(0) > per_image[first].mean(0)
+        beyond = per_image[mine].mean(0) - per_image[first].mean(0)
         low, high = interval(drawn[mine].mean(0))
         gain_low, gain_high = interval(drawn[mine].mean(0) - drawn[first].mean(0))
         near_low, near_high = interval(drawn_near[mine].mean(0)
@@ -1438,7 +1462,8 @@ def compared_rows(groups: dict[str, list[dict]], seen: Compared,
                "gmacs": rows[0]["gmacs"],
                "difference": (whole[mine].mean() - whole[first].mean()).item(),
                "difference low": gain_low, "difference high": gain_high,
-               "images won": int(ahead.sum()), "images": int(valid.sum()),
+               "images won": int((beyond > 0).sum()),
+               "images lost": int((beyond < 0).sum()), "images": int(valid.sum()),
                f"miou within {NEAR} px": near[mine].mean().item(),
                f"difference within {NEAR} px": (near[mine].mean()
                                                 - near[first].mean()).item(),
@@ -1481,8 +1506,11 @@ def in_words(row: dict, first_row: dict) -> str:
     said = f"{name} is {order} {first} on images of this kind: {between}."
     # Of a difference of two means over seeds; NaN if one of them has one seed.
     error = math.sqrt(sum(each["seeds"]**2 / each["n"] for each in (row, first_row)))
-    if abs(row["difference"]) < 2 * error:
-        said += (f" But the seeds differ by as much (standard error {error:.4f}): "
+    freedom = row["n"] + first_row["n"] - 2
+    needed = STUDENT.get(freedom, 2.2) * error
+    if abs(row["difference"]) < needed:
+        said += (f" But {row['n']} and {first_row['n']} seeds, as far apart as these "
+                 f"are, tell methods apart that differ by {needed:.4f} or more (95 %): "
                  f"other trainings of the two may come out otherwise.")
     return said
 
@@ -1510,6 +1538,7 @@ def command_compare(args) -> None:
     runs = [row for rows in groups.values() for row in rows]
     checkpoints = [load_checkpoint(row["folder"]) for row in runs]
     dataset = open_compared(args, runs, checkpoints)
+    protocol = protocol_of(args, checkpoints[0])
     models = [restore(checkpoint, usable(args.device)) for checkpoint in checkpoints]
     del checkpoints  # weights and optimizers: the models have what is needed
     every = math.ceil(len(dataset) / args.images) if args.images else 1
@@ -1519,8 +1548,9 @@ def command_compare(args) -> None:
                         f"five such blocks, and an interval would say nothing; pass "
                         f"{max(1, len(indices) // 5)} or less")
     loader = data.val_loader(dataset, workers=args.workers, step=every)
-    protocol, K = protocol_of(args), len(dataset.info.classes)
-    seen = Compared(len(runs), len(indices), K)
+    K = len(dataset.info.classes)
+    first_seeds = [runs.index(rows[0]) for rows in groups.values()]
+    seen = Compared(len(indices), K, runs=len(runs), pictured=first_seeds)
 
     @torch.inference_mode()
     def guess(inputs: Tensor) -> list[Tensor]:
@@ -1543,9 +1573,16 @@ def command_compare(args) -> None:
     for row in table[1:]:
         print(in_words(row, table[0]))
         at = f"difference within {NEAR} px"
-        print(f"  ahead in {row['images won']} of {row['images']} images; within "
-              f"{NEAR} px of a boundary {row[at]:+.4f} [{row[f'{at} low']:+.4f}, "
+        print(f"  by each image's own mIoU ahead in {row['images won']}, behind in "
+              f"{row['images lost']} of {row['images']}; within {NEAR} px of a "
+              f"boundary {row[at]:+.4f} [{row[f'{at} low']:+.4f}, "
               f"{row[f'{at} high']:+.4f}]")
+    found = seen.counts.sum((0, 1, 2)) > 0  # (K,), by some run
+    lacking = found & (seen.counts[0].sum((0, 2)) == 0)
+    if lacking.any():
+        names = [dataset.info.classes[k] for k in lacking.nonzero()[:, 0]]
+        print(f"No pixel is {', '.join(names)}: for a run that has found it there, its "
+              f"IoU is 0, for the others it is left out.")
     print(about_seeds(groups))
     if args.block == 1:
         print("Images count as independent. If they are frames of a video, these "
@@ -1560,7 +1597,6 @@ def command_compare(args) -> None:
     write_csv(out / "compare.csv", table)
     shown = [(indices[i], *dataset.load(indices[i])) for i in shown_images(seen.differ)]
     guesses = [guess(data.NORMALISE(image)[None]) for _, image, _ in shown]
-    first_seeds = [runs.index(rows[0]) for rows in groups.values()]
     compare_picture(table, shown, [[each[i] for i in first_seeds] for each in guesses],
                     dataset.info, out / "compare.png")
     print(f"{out}: compare.json, compare.csv, compare.png")
@@ -1594,6 +1630,11 @@ def open_compared(args, runs: list[dict], checkpoints: list[dict]):
         if checkpoint["backbone"] == LABELS:
             raise UserError(f"{row['folder']} reads the ground truth: only `score` "
                             f"takes it")
+        sizes = [trained_size(each) for each in (checkpoint, first)]
+        if sizes[0] != sizes[1] and not args.base_size:
+            raise UserError(f"{row['folder']} resizes images into {sizes[0]}, "
+                            f"{runs[0]['folder']} into {sizes[1]} (0: not): pass one "
+                            f"--base-size for all")
     args.dataset, args.checkpoint = None, runs[0]["folder"]
     return open_scored(args, first)
 
@@ -1602,10 +1643,11 @@ def compare_picture(table: list[dict], shown: list, guesses: list, info,
                     path: Path) -> None:
     """The images that the runs disagree on most, whole and where they do; and numbers.
 
-    shown: [(index, image, labels)], guesses: of each one, the ids by each method.
+    shown: [(index, image, labels)], guesses: of each one, the ids by each method, from
+    its first seed.
     """
     from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
+    from matplotlib.patches import Patch, Rectangle
     columns, rows = 2 + len(table), 2 * len(shown)
     H, W = shown[0][2].shape
     heights = 2.4 * rows * H / W + 0.4, max(2.8, 0.4 * len(table) + 1)
@@ -1614,7 +1656,8 @@ def compare_picture(table: list[dict], shown: list, guesses: list, info,
     upper, lower = figure.subfigures(2, 1, height_ratios=heights)
     axes = upper.subplots(rows, columns, squeeze=False)
     titles = ["image", "truth"]
-    titles += [f"{row['method']}\n{row['miou']:.3f}" for row in table]
+    titles += [f"{row['method']}\n{row['miou']:.3f}" + (
+        f", mean of {row['n']} seeds" if row["n"] > 1 else "") for row in table]
     for axis, title in zip(axes[0], titles):
         axis.set_title(title, fontsize=9)
     for i, ((index, image, labels), each) in enumerate(zip(shown, guesses)):
@@ -1639,6 +1682,9 @@ def compare_picture(table: list[dict], shown: list, guesses: list, info,
     occurring = torch.cat([ids.unique() for ids in maps])
     patches = class_patches(occurring, label_colours(info.palette, len(info.classes)),
                             info.classes)
+    if (occurring == IGNORE_INDEX).any():
+        colour = np.array(data.ignored_colour(info.palette)) / 255
+        patches.append(Patch(color=colour, label="ignored"))
     key.legend(handles=patches, loc="center", frameon=False, fontsize=8,
                ncols=math.ceil(len(patches) / 12))
     key.axis("off")
@@ -1794,15 +1840,21 @@ def speed_row(args, spec: str, size: tuple[int, int], num_classes: int,
     gmacs = cost["total"]["gmacs"]
     row = {"method": spec, "size": "{}x{}".format(*size), "classes": num_classes,
            "ms": total, "low": low, "high": high, "n": args.rounds,
-           "images/s": 1000 * args.batch / total, "GMACs": gmacs,
-           "GMACs/s": 1000 * args.batch * gmacs / total}
-    row |= {f"{name} ms": quartiles(times)[0] for name, times in seconds.items()
+           "images/s": 1000 * args.batch / total, "GMACs": gmacs}
+    if not args.train:  # GMACs are of a forward pass
+        row["GMACs/s"] = 1000 * args.batch * gmacs / total
+    part = "forward {} ms" if args.train else "{} ms"
+    row |= {part.format(name): quartiles(times)[0] for name, times in seconds.items()
             if name != "total" and len(times) > WARM_UP}
-    return row | {"peak GB": memory_of(args, spec, size, num_classes)}
+    row["peak GB"] = memory_of(args, spec, size, num_classes)
+    return row | {"timed": "training step" if args.train else "inference",
+                  "batch": args.batch, "backbone": args.backbone,
+                  "device": args.device, "threads": torch.get_num_threads(),
+                  "amp": args.amp, "compiled": args.compile}
 
 
 def memory_of(args, spec: str, size: tuple[int, int], num_classes: int) -> float:
-    """Peak memory of one step in GB.
+    """Peak memory in GB of inference, or of a training step that has momentum: the 2nd.
 
     A GPU's is counted by tensors, so that what was there before can be subtracted. A
     process' is not: there the step has a process of its own.
@@ -1811,7 +1863,7 @@ def memory_of(args, spec: str, size: tuple[int, int], num_classes: int) -> float
         gc.collect()  # garbage freed during the step would make the difference small
         before = torch.cuda.memory_allocated(args.device) / 1e9
         torch.cuda.reset_peak_memory_stats(args.device)
-        speed_step(*speed_subject(args, spec, size, num_classes), args)()
+        few_steps(args, spec, size, num_classes)
         return peak_memory(args.device) - before
     line = [sys.executable, __file__, "speed", spec, "--size", "{}x{}".format(*size),
             "--classes", str(num_classes), "--backbone", args.backbone, "--batch",
@@ -1825,6 +1877,12 @@ def memory_of(args, spec: str, size: tuple[int, int], num_classes: int) -> float
     return float(done.stdout.split()[-1])
 
 
+def few_steps(args, spec: str, size: tuple[int, int], num_classes: int) -> None:
+    step = speed_step(*speed_subject(args, spec, size, num_classes), args)
+    for _ in range(2 if args.train else 1):
+        step()
+
+
 def command_speed(args) -> None:
     """Time, memory and multiply-adds of methods, side by side on this machine.
 
@@ -1835,8 +1893,7 @@ def command_speed(args) -> None:
     if args.train and args.batch < 2:
         raise UserError("--train: batch norm needs --batch 2 or more")
     if args.peak:  # asked by memory_of
-        speed_step(*speed_subject(args, args.methods[0], args.size[0],
-                                  args.classes[0]), args)()
+        few_steps(args, args.methods[0], args.size[0], args.classes[0])
         print(peak_memory(args.device))
         return
     table = [speed_row(args, spec, size, classes, watch)
@@ -1845,25 +1902,30 @@ def command_speed(args) -> None:
     if args.json:
         print(json.dumps(table, indent=1))
     else:
-        print(f"{'training step' if args.train else 'inference'}, batch {args.batch}, "
-              f"{args.backbone}, {args.device}, {torch.get_num_threads()} threads, amp "
-              f"{args.amp}, {'' if args.compile else 'not '}compiled; median of "
-              f"{args.rounds}, quartiles")
+        print(f"{speed_setting(table[0])}; median of {args.rounds}, quartiles")
         for row in table:
             first = next(r for r in table if all(
                 r[key] == row[key] for key in ("size", "classes")))
             parts = " ".join(f"{name.removesuffix(' ms')} {row[name]:.0f}"
                              for name in row if name.endswith(" ms"))
+            rate = "" if args.train else f"{row['GMACs/s']:>8.0f}/s"
             print(f"{row['method']:<26}{row['size']:>10}{row['classes']:>5}"
                   f"{row['ms']:>9.1f} ms [{row['low']:.1f}, {row['high']:.1f}]"
                   f"{row['ms'] / first['ms']:>6.2f}x{row['images/s']:>8.1f} img/s"
-                  f"{row['GMACs']:>9.1f} GMACs{row['GMACs/s']:>8.0f}/s"
+                  f"{row['GMACs']:>9.1f} GMACs{rate}"
                   f"{row['peak GB']:>7.2f} GB  {parts}")
     if args.out:
         out = make_folder(args.out)
         write_csv(out / "speed.csv", table)
         speed_picture(table, out / "speed.png")
         print(f"{out}: speed.csv, speed.png", file=sys.stderr)  # stdout may be JSON
+
+
+def speed_setting(row: dict) -> str:
+    """What was timed, in words."""
+    return (f"{row['timed']}, batch {row['batch']}, {row['backbone']}, "
+            f"{row['device']}, {row['threads']} threads, amp {row['amp']}, "
+            f"{'' if row['compiled'] else 'not '}compiled")
 
 
 def speed_picture(table: list[dict], path: Path) -> None:
@@ -1882,6 +1944,7 @@ def speed_picture(table: list[dict], path: Path) -> None:
         axis.set(xlabel="megapixels", ylabel=key, xlim=(0, None), ylim=(0, None))
         axis.grid(alpha=0.3)
     axis.legend(fontsize=7)
+    figure.suptitle(speed_setting(table[0]), fontsize=9)
     figure.savefig(path)
 
 
@@ -1903,9 +1966,10 @@ def protocol_options() -> argparse.ArgumentParser:
                        help="sliding windows of this size (default: whole image)")
     group.add_argument("--stride", nargs=2, type=pixels, metavar=("H", "W"),
                        help="from window to window (default: two thirds of it)")
-    group.add_argument("--base-size", nargs=2, type=pixels, default=[0, 0],
+    group.add_argument("--base-size", nargs=2, type=number(int),
                        metavar=("LONG", "SHORT"),
-                       help="make each image fit into it before it is scaled")
+                       help="make each image fit into it before it is scaled; 0 0: "
+                       "its own size (default: as in training)")
     group.add_argument("--max-pixels", type=number(int), default=0, metavar="N",
                        help="leave out scales at which the image has more")
     return how

@@ -521,6 +521,18 @@ def test_a_mosaic_shows_every_tile_whole_and_as_it_is():
     assert (sheet[20:-len(below)] == 255).all(), "something else than the tiles"
 
 
+def test_a_title_stands_over_its_column():
+    """In a row of small pictures, too: all tiles of a column begin at one place."""
+    info = data.Info("two", ("road", "sky"), ((1, 2, 3), (4, 5, 6)))
+    rows = [[np.full((20, width, 3), 50, np.uint8)] * 2 for width in (40, 160)]
+    sheet = np.array(data.mosaic(rows, info, titles=("a", "b")))
+    for top in (22, 46):  # of the first and the second row
+        assert (sheet[top, [2, 166]] == 50).all()
+        assert (sheet[top, [1, 165]] == 255).all()
+    written = (sheet[:20] != 255).any((0, 2)).nonzero()[0]
+    assert written.min() < 20 and 166 <= written.max() < 190
+
+
 @pytest.mark.parametrize("base_size, expected", [
     ((0, 0), (120, 200)), ((2048, 512), (512, 853)), ((400, 300), (240, 400)),
     ((300, 400), (240, 400)), ((608, 608), (365, 608))])

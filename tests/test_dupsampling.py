@@ -392,7 +392,7 @@ def test_a_decoder_that_reads_more_than_res5_refuses_the_labels():
 
 
 def test_fusion_is_on_the_grid_of_res4():
-    """r = 8 would need res4 at 1/8: with it at 1/16, a quarter of an image was drawn."""
+    """r = 8 needs res4 at 1/8: with it at 1/16, a quarter of an image was drawn."""
     with pytest.raises(common.UserError, match="must be 16 or 32"):
         common.build_model("dupsampling:vanilla-res4", 3, output_stride=8)
 

@@ -91,7 +91,7 @@ def test_what_a_script_may_hand_over_by_mistake(argv, said, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("argv, said", [
-    (["--scales", "nan"], "above 0"), (["--base-size", -1, -1], "at least 1"),
+    (["--scales", "nan"], "above 0"), (["--base-size", -1, -1], "at least 0"),
     (["--workers", -1], "at least 0"), (["--device", "foo"], "--device foo: ")])
 def test_wishes_that_are_no_numbers(argv, said, stopped, capsys):
     """A base size of -1 would score one pixel, and print a number."""

@@ -400,6 +400,15 @@ def test_a_split_without_valid_pixels_is_an_error_not_a_number(tmp_path, capsys)
     assert caught.value.code == 2 and "no valid pixel" in capsys.readouterr().err
 
 
+def test_the_size_of_training_is_that_of_scoring():
+    """A run whose images were resized is scored like that, unless it is typed."""
+    checkpoint = {"recipe": {"base_size": [2048, 512]}}
+    for words, size in (([], (2048, 512)), (["--base-size", "0", "0"], (0, 0)),
+                        (["--base-size", "64", "32"], (64, 32))):
+        args = evaluate.parse(["score", "RUN", *words])
+        assert evaluate.protocol_of(args, checkpoint).base_size == size
+
+
 @pytest.mark.parametrize("words, message", [
     (("--scales", "0"), "above 0"), (("--scales", "1", "1"), "different"),
     (("--stride", "5", "5"), "give --window"), (("--window", "0", "9"), "at least 1"),

@@ -1,4 +1,5 @@
 """speed: every method has its turn in every round; parts, memory and ratios."""
+import csv
 import json
 import shutil
 import sys
@@ -103,7 +104,12 @@ def test_training_steps_and_sizes_and_the_picture(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "training step, batch 2" in said and said.count("nrd:bilinear") == 2
     assert said.count("1.00x") == 2, "the measure is the first method of each size"
-    assert len((tmp_path / "speed.csv").read_text().splitlines()) == 3
+    with open(tmp_path / "speed.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["size"] for row in rows] == ["32x32", "32x64"]
+    assert rows[0]["timed"] == "training step" and rows[0]["batch"] == "2"
+    assert "GMACs/s" not in rows[0], "GMACs are of a forward pass"
+    assert float(rows[0]["forward encoder ms"]) < float(rows[0]["ms"])
     assert Image.open(tmp_path / "speed.png").size[0] > 800
 
 

@@ -182,7 +182,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(how, stopped, undamage
 
 
 def test_one_bit_of_a_header_is_damage_like_any_other(written):
-    """Names, sizes and flags of the file's parts: zipfile and torch fail in many ways."""
+    """Names, sizes, flags of the parts of the file: zipfile fails in many ways."""
     whole = written.read_bytes()
     for place in (*range(60), *range(len(whole) - 400, len(whole))):
         for bit in (1, 64):
