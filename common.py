@@ -606,6 +606,16 @@ def segmentation_loss(outputs: dict, labels: Tensor, *, aux_weight=0.4, ohem=0.0
 # --- Metrics -------------------------------------------------------------------------
 
 
+# task: minutes=10 points=6 section='arXiv:1411.4038, Sec. 5'
+def ious(counts: Tensor) -> Tensor:
+    """IoU per class of one or many confusion matrices: (.., K, K) -> (.., K) float64.
+
+    Rows are truth, columns predictions. NaN where the class occurs in neither.
+    """
+    hits = counts.diagonal(dim1=-2, dim2=-1).double()
+    return hits / (counts.sum(-1) + counts.sum(-2) - hits)
+
+
 class ConfusionMatrix:
     """counts[truth, prediction] in int64 over every valid pixel of a data set.
 
@@ -630,11 +640,9 @@ class ConfusionMatrix:
         self.counts += torch.bincount(truth * K + guess, minlength=K * K).reshape(K, K)
         self.images += 1
 
-    # task: minutes=10 points=6 section='arXiv:1411.4038, Sec. 5'
     def iou(self) -> Tensor:
         """IoU per class, (K,) float64, NaN where the class never occurs."""
-        hits = self.counts.diag().double()
-        return hits / (self.counts.sum(0) + self.counts.sum(1) - hits)
+        return ious(self.counts)
 
     def miou(self, *, absent=math.nan) -> float:
         """Mean IoU over the classes that occur; an error if no pixel was valid.

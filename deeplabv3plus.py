@@ -432,16 +432,16 @@ class DeepLabv3PlusDecoder(nn.Module):
         self.classify = nn.Sequential(nn.Dropout2d(dropout),  # [N4]
                                       nn.Conv2d(channels, num_classes, 1))
 
-    # task: minutes=25 points=10 section='Sec. 3.1' hides=deeplabv3plus.explain
+    # task: minutes=25 points=10 hides=deeplabv3plus.TwoLevelDecoder.forward
     def forward(self, context: Tensor, features: dict[str, Tensor]) -> Tensor:
         """Sec. 3.1: context (B, D, h, w), features["res2"] -> logits (B, K, q, r).
 
         The context is enlarged bilinearly by self.factor and cut to the size of res2
-        [N8]. Concatenated, it stands before the reduced low-level channels. Both are
-        refined together, then classified.
+        [N8]. Concatenated, it stands before the reduced low-level channels [N11]. Both
+        are refined together, then classified.
         """
         B, D, h, w = context.shape
-        low = self.reduce(features["res2"])  # (B, L, q, r)  [N11]
+        low = self.reduce(features["res2"])  # (B, L, q, r)
         # At sizes that the strides do not divide, the enlarged context has up to
         # factor - 1 rows and columns more than res2. They lie beyond the image.  [N8]
         up = upsample(context, self.factor, low.shape[-2:])  # (B, D, q, r)

@@ -54,7 +54,7 @@ from torchvision.transforms.v2.functional import resize
 import data
 from common import (ABOVE_ZERO, IGNORE_INDEX, LABELS, ConfusionMatrix, Damaged, Parser,
                     UserError, autocast, backbones, build_model, checkpoint_file,
-                    class_patches, count_cost, join_processes, label_colours,
+                    class_patches, count_cost, ious, join_processes, label_colours,
                     load_checkpoint, load_method, make_folder, methods, number,
                     out_of_memory, peak_memory, progress, published, rank_and_world,
                     restore, rows_at, segmentation_loss, shapes_only, show_errors,
@@ -1351,12 +1351,6 @@ DRAWS = 2000  # of the bootstrap
 NEAR = 3      # pixels from a class boundary
 # Student's t by degrees of freedom: so many standard errors are 95 %. Beyond: 2.2.
 STUDENT = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306}
-
-
-def ious(counts: Tensor) -> Tensor:
-    """(.., K) of confusion matrices (.., K, K); NaN for a class that does not occur."""
-    hits = counts.diagonal(dim1=-2, dim2=-1).double()
-    return hits / (counts.sum(-1) + counts.sum(-2) - hits)
 
 
 def mious(counts: Tensor) -> Tensor:

@@ -348,7 +348,7 @@ RECIPES = {  # [N14]; the scales of testing are no part of it  [N16]
 # --- 2. Equations --------------------------------------------------------------------
 
 
-# task: minutes=15 points=5 section='Sec. 3.1'
+# task: minutes=15 points=5 section='Sec. 3.1' hides=efficientfcn.to_corners
 def enlarge(x: Tensor, size: tuple[int, int],
             rows: tuple[int, int] | None = None) -> Tensor:
     """Bilinear enlargement that keeps the corners: 0 goes to 0, h-1 to q-1.  [N3]

@@ -30,8 +30,8 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 LIMIT = 15  # seconds for all claims of a task, which take well under one
-# What only a teacher has. The rest of tests/ goes along where it gives nothing away.
-TEACHERS = {"assignment.py", "grading.py", "options.py", "test_assignment.py"}
+# What of tests/ goes along: no other file tells nothing of a solution.
+FOR_STUDENTS = "conftest.py", "sharing.py", "shapecheck.py", "sixth.py", "test_prose.py"
 # What a student may try first: of each module one call, short enough to check by hand.
 EXAMPLES = {
     "common": "common.one_hot(torch.tensor([[[0, 2, 255]]]), 3)",
@@ -205,25 +205,6 @@ def pytest_runtest_makereport(item, call):
 '''
 
 
-def given_away(tasks: list[Task]) -> set[str]:
-    """The files in tests/ that stay behind: they speak of a task, or import such a one.
-
-    The literal twin of a function stands in a file that names the function.
-    """
-    texts = {file.name: file.read_text(encoding="utf-8") for file in TESTS.glob("*.py")}
-    words = {task.word for task in tasks}
-    behind = TEACHERS | {f"test_{task.module}.py" for task in tasks}
-    behind |= {name for name, text in texts.items() if name != "conftest.py"
-               and words & set(re.findall(r"\w+", text))}
-    while True:
-        more = {name for name, text in texts.items() if name not in behind and
-                any(re.search(rf"^(from|import) {Path(other).stem}\b", text, re.M)
-                    for other in behind)}
-        if not more:
-            return behind
-        behind |= more
-
-
 def hand_out(names: list[str], folder: Path) -> list[Task]:
     """Write the copy into `folder`, which must be new; the tasks that are in it."""
     tasks = choose(names)
@@ -243,10 +224,8 @@ def hand_out(names: list[str], folder: Path) -> list[Task]:
     for name in ("README.md", "results/README.md"):
         (folder / name).write_text(for_students((ROOT / name).read_text("utf-8")),
                                    encoding="utf-8")
-    behind = given_away(tasks)
-    for file in TESTS.glob("*.py"):
-        if file.name not in behind:
-            shutil.copy(file, folder / "tests" / file.name)
+    for name in FOR_STUDENTS:
+        shutil.copy(TESTS / name, folder / "tests" / name)
     with open(folder / "tests/conftest.py", "a", encoding="utf-8") as conftest:
         conftest.write(SKIP)
     (folder / ".pytest.ini").write_text(PYTEST_INI, encoding="utf-8")
@@ -262,25 +241,23 @@ def for_students(page: str) -> str:
 
 def how_to_work(tasks: list[Task]) -> list[str]:
     """The part of TASKS.md on running, checking and grading."""
-    module = tasks[0].module
-    behind = given_away(tasks)
-    tests = next(file.name for file in sorted(TESTS.glob("test_*.py"), key=lambda file:
-                 file.name != "test_prose.py") if file.name not in behind)
+    papers = [task.module for task in tasks if task.module != "common"]
+    module = papers[0] if papers else "nrd"
     return ["## How to work", "", f"""\
-Begin with the tasks that others are easier after. The paper is cited at the top of the
+Begin with the tasks that others are easier after. A paper is cited at the top of its
 file. Tensors are float32 unless a docstring says otherwise.
 
 ```sh
 pip install -r requirements.txt
 python {module}.py
-python -m pytest -rs tests/{tests}
+python -m pytest -rs tests/test_prose.py
 ```
 
 The second line sends an image through the network and prints the shapes; it ends with
-the name of a task that it needs and that is open. The third runs tests. What needs an
-open task is skipped, and `-rs` says for which it waits. `README.md` describes the whole
-library: its pictures, and tests that would show a solution, such as
-`tests/test_{module}.py`, are not in this copy. To check one function alone:
+the name of a task if it needs one that is open. The third runs tests of comments and
+shapes; what needs an open task is skipped, and `-rs` says for which it waits.
+`README.md` describes the whole library: its pictures and its other tests, which would
+show solutions, are not in this copy. To check one function alone:
 
 ```python
 import torch, {module}

@@ -18,6 +18,7 @@ import io
 import json
 import math
 import multiprocessing
+import numbers
 import os
 import sys
 import time
@@ -77,6 +78,7 @@ def graft(task: Task, original: str, text: str, file: str) -> ModuleType:
     """The original module, with the task's function and new names from `text`."""
     tree = ast.parse(original)
     theirs = ast.parse(text, file)
+    theirs.body.reverse()  # of two with one name Python takes the last
     function = member(theirs, task.path)
     if function is None:
         raise NameError(f"{Path(file).name} has no {task.path}")
@@ -86,7 +88,8 @@ def graft(task: Task, original: str, text: str, file: str) -> ModuleType:
     for name in [*outer, last]:
         at = home.body.index(member(home, name))
         known = set().union(*map(names_of, home.body))
-        home.body[at:at] = [part for node in source.body
+        ordered = sorted(source.body, key=lambda node: node.lineno)
+        home.body[at:at] = [part for node in ordered
                             for part in additions(node, known)]
         if name in outer:
             home = member(home, name)
@@ -164,6 +167,8 @@ def plain(value):
         return [plain(part) for part in value]
     if isinstance(value, (bool, int, float, str)):
         return value
+    if isinstance(value, numbers.Number) and hasattr(value, "item"):
+        return value.item()  # numpy's
     return f"a {type(value).__name__}"
 
 
@@ -267,7 +272,7 @@ def ask(task: Task, folder: Path, seed: int, limit: float) -> dict[str, object]:
         missing = {"raised": "", "said": f"{file.name} is missing", "line": ""}
         return dict.fromkeys(claims_of(task), missing)
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")  # some editors mark it so
     except (OSError, UnicodeDecodeError) as error:
         return dict.fromkeys(claims_of(task), raised(error, str(file)))
     receiver, sender = FORKS.Pipe(duplex=False)

@@ -1,8 +1,7 @@
-"""The options of the grader: `python -m pytest --grade student/`.
+"""The options of the grader: `python -m pytest --grade=student`.
 
-.pytest.ini loads this file before pytest looks at its arguments. Otherwise it would
-take `student/` for a folder of tests, and run the conftest.py that is handed in. (For a
-folder elsewhere .pytest.ini is not found: --grade=FOLDER, with "=", works for all.)
+.pytest.ini loads this file. The "=" has to be: without it pytest takes the folder for
+one of tests, and reads the .pytest.ini that lies in it instead of ours.
 """
 
 

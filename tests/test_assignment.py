@@ -174,7 +174,8 @@ def test_a_hand_out_says_how_to_work(student):
         eval(call, {"torch": torch, module: importlib.import_module(module)})
     tasks = (student / "TASKS.md").read_text()
     assert "sfnet.sample" not in tasks  # sfnet.warp is easier after it, but it is given
-    assert "python deeplabv3plus.py" in tasks and "`deeplabv3plus.explain`" in tasks
+    assert "python deeplabv3plus.py" in tasks
+    assert "`deeplabv3plus.TwoLevelDecoder.forward` is not in this copy" in tasks
     for name in ("README.md", "results/README.md"):
         page = (student / name).read_text()
         assert not re.search(r"!\[|teachers|tests\.assignment", page), name
@@ -185,7 +186,8 @@ def test_a_hand_out_says_how_to_work(student):
 @pytest.mark.parametrize("module", [name for name in assignment.EXAMPLES
                                     if name != "common"])
 def test_the_demo_of_a_hand_out_ends_with_the_open_task(module, tmp_path):
-    assignment.hand_out([module], tmp_path)
+    assignment.hand_out(["common.one_hot", module], tmp_path)
+    assert f"python {module}.py" in (tmp_path / "TASKS.md").read_text()
     said = run(f"{module}.py", cwd=tmp_path)
     assert said.returncode == 2
     assert re.fullmatch(rf"error: task {module}\.[\w.]+: .+, \d+ points, not written "
@@ -273,6 +275,17 @@ def test_what_a_solution_does_to_its_process_costs_itself_only(tmp_path):
     assert (gone["score"], gone["output"]) == (0, "nrd.py is missing")
 
 
+def test_a_file_is_read_as_python_would(tmp_path):
+    """An older attempt above, a mark at the beginning of the file, numpy's integers."""
+    head = "def theta_length(widths):\n    "
+    count = "np.int64(sum((a + 1) * b for a, b in zip(widths, widths[1:])))"
+    (tmp_path / "nrd.py").write_text(
+        f"import numpy as np\n\n\n{head}raise ValueError\n\n\n{head}return {count}\n",
+        encoding="utf-8-sig")
+    (result,) = grading.grade(tmp_path, choose(["nrd.theta_length"]))
+    assert result["status"] == "passed", result["output"]
+
+
 @pytest.mark.parametrize("text, said", [
     ("def warp(coarse, flow):\n  return (", "SyntaxError: '(' was never closed "
                                             "(sfnet.py, line 2)"),
@@ -297,6 +310,8 @@ def test_grading_from_the_command_line(student, tmp_path):
     assert "1 of 13 points, 3 tasks, seed 7" in said.stdout
     results = json.loads(report.read_text())
     assert results["score"] == 1
+    # With a blank pytest would read the .pytest.ini of the folder.
+    assert "--grade=student " in (ROOT / "README.md").read_text()
     swapped, length, warp = results["tests"]
     assert (swapped["score"], swapped["max_score"]) == (1, 4)
     assert swapped["output"].startswith("shape 1/1\nvalues 0/3: x and y are swapped")

@@ -24,7 +24,7 @@ class upsample:
 
     @points(2)
     def strip(common):
-        """rows = (3, 8): these rows of the result alone."""
+        """rows = (1, 3): these rows of the result alone."""
         x = torch.randn(2, 3, 3, 4)
         return {f"factor {factor}": common.upsample(x, factor, (10, 13), (1, 3))
                 for factor in (1, 2, 4)}
@@ -53,9 +53,10 @@ class upsample:
 class one_hot:
     @points(3)
     def values(common):
-        """1 in the plane of the class, 0 elsewhere: (B, K, H, W)."""
+        """1 in the plane of the class, 0 elsewhere: (B, K, H, W), float32."""
         labels = torch.randint(4, (2, 3, 5), dtype=torch.uint8)
-        return common.one_hot(labels, 4)
+        planes = common.one_hot(labels, 4)
+        return {"dtype": str(planes.dtype), "planes": planes}
 
     @points(2)
     def void(common):
@@ -140,10 +141,16 @@ class dilate_stage:
 
 
 class ASPP_forward:
-    @points(5)
+    @points(4)
     def values(common):
         """Global mean everywhere, 1x1, dilated 3x3, in this order, then projected."""
-        context = common.ASPP(6, 4, rates=(1, 2, 3)).eval()
+        x = torch.randn(2, 6, 7, 9)
+        return common.ASPP(6, 4, rates=(1, 2, 3)).eval()(x)
+
+    @points(1)
+    def no_image_level(common):
+        """Without the mean where there is no `pool` (image_level=False)."""
+        context = common.ASPP(6, 4, rates=(1, 2, 3), image_level=False).eval()
         return context(torch.randn(2, 6, 7, 9))
 
     BRANCHES = "views += [branch(x) for branch in self.branches]"
@@ -153,10 +160,12 @@ class ASPP_forward:
                 loses="values"),
         Mistake("the branches are in the opposite order",
                 {BRANCHES: "views += [branch(x) for branch in self.branches][::-1]"},
-                loses="values"),
+                loses="values no_image_level"),
+        Mistake("the mean is taken where there is no `pool`",
+                {"if self.pool is not None:": "if True:"}, loses="no_image_level"),
         Mistake("the projection is missing",
                 {"self.project(torch.cat(views, dim=1))": "torch.cat(views, dim=1)"},
-                loses="values"),
+                loses="values no_image_level"),
     ]
 
 
@@ -332,46 +341,45 @@ class ConfusionMatrix_update:
     ]
 
 
-class ConfusionMatrix_iou:
-    def iou(common, *, absent=False, predicted=False):
-        """iou() of random counts of 4 classes; the last may be absent everywhere, or
-        in the truth alone.
+class ious:
+    def counts(*shape, absent=False, predicted=False):
+        """Random; the last of 4 classes may be absent everywhere, or in the truth alone.
         """
-        matrix = common.ConfusionMatrix(4)
-        matrix.counts = torch.randint(1, 50, (4, 4))
+        counts = torch.randint(1, 50, (*shape, 4, 4))
         if absent or predicted:
-            matrix.counts[3] = 0
+            counts[..., 3, :] = 0
         if absent:
-            matrix.counts[:, 3] = 0
-        return matrix.iou()
+            counts[..., :, 3] = 0
+        return counts
 
     @points(3)
     def values(common):
-        """Per class the intersection over the union."""
-        return ConfusionMatrix_iou.iou(common)
+        """Per class the intersection over the union, of one matrix and of several."""
+        return {"one": common.ious(ious.counts()),
+                "2 x 3": common.ious(ious.counts(2, 3))}
 
     @points(2)
     def absent(common):
         """NaN for a class that is neither true nor predicted anywhere."""
-        return ConfusionMatrix_iou.iou(common, absent=True)[3]
+        return common.ious(ious.counts(absent=True))[3]
 
     @points(1)
     def predicted(common):
         """0 for a class that is predicted but never true."""
-        return ConfusionMatrix_iou.iou(common, predicted=True)[3]
+        return common.ious(ious.counts(predicted=True))[3]
 
-    UNION = "(self.counts.sum(0) + self.counts.sum(1) - hits)"
+    UNION = "(counts.sum(-1) + counts.sum(-2) - hits)"
     mistakes = [
         Mistake("the intersection is counted twice: union = truth + prediction - hits",
                 {" - hits)": ")"}, loses="values"),
         Mistake("this is the Dice score, 2 hits / (truth + prediction)",
                 {f"hits / {UNION}":
-                 "2 * hits / (self.counts.sum(0) + self.counts.sum(1))"},
+                 "2 * hits / (counts.sum(-1) + counts.sum(-2))"},
                 loses="values"),
         Mistake("this is the accuracy of each class, hits / truth",
-                {UNION: "self.counts.sum(1)"}, loses="values predicted"),
+                {UNION: "counts.sum(-1)"}, loses="values predicted"),
         Mistake("this is the precision of each class, hits / prediction",
-                {UNION: "self.counts.sum(0)"}, loses="values"),
+                {UNION: "counts.sum(-2)"}, loses="values"),
         Mistake("a class that never occurs gets a number: it has no IoU, NaN, or it "
                 "would be averaged",
                 {f"hits / {UNION}": f"(hits / {UNION}).nan_to_num(0)"},

@@ -151,18 +151,23 @@ class DeepLabv3PlusDecoder___init__:
 
     def parameters(deeplabv3plus, part, **options):
         decoder = DeepLabv3PlusDecoder___init__.decoder(deeplabv3plus, **options)
-        return {name: p.shape for name, p in getattr(decoder, part).named_parameters()}
+        return [p.shape for p in getattr(decoder, part).parameters()]
 
     @points(2)
     def reduce(deeplabv3plus):
         """A 1x1 convolution with norm and ReLU, from res2 to the reduced channels."""
-        return DeepLabv3PlusDecoder___init__.parameters(deeplabv3plus, "reduce")
+        decoder = DeepLabv3PlusDecoder___init__.decoder(deeplabv3plus)
+        out = decoder.reduce(torch.randn(2, 5, 6, 7))
+        return {"shapes": [p.shape for p in decoder.reduce.parameters()],
+                "out": out.shape, "least": out.min()}
 
     @points(3)
     def refine(deeplabv3plus):
         """What `refinement` makes: two 3x3, separable or plain, by default."""
-        return {f"separable={value}": DeepLabv3PlusDecoder___init__.parameters(
-            deeplabv3plus, "refine", separable=value) for value in (True, False)}
+        shapes = DeepLabv3PlusDecoder___init__.parameters
+        return {f"separable={value}": shapes(deeplabv3plus, "refine", separable=value)
+                for value in (True, False)} | {
+            "kernels=(3,)": shapes(deeplabv3plus, "refine", kernels=(3,))}
 
     @points(2)
     def classify(deeplabv3plus):
