@@ -783,13 +783,13 @@ def draw_difference(figure, picture: Tensor, labels: Tensor, without: Tensor,
           f"Black pixels, {changed.float().mean():.1%} of all, change class when the "
           "low-level channels are flat.", chars=34)
     shares = [100 * share for share in changed_by_distance(labels, without)]
-    names = ["1", "2", "3-4", "5-8", "9-16", "17-32", "more"]
+    names = [*map(str, DISTANCES), "more"]
     axes[3].bar(names, shares, color="0.4")
     axes[3].spines[["top", "right"]].set_visible(False)
     describe(axes[3], "Changed pixels, in %",
              "Where bars are high the low-level channels decide, and where they are "
              "low the context does.",
-             unit="pixels from a class boundary", chars=34)
+             unit="rings, up to .. pixels from a boundary", chars=34)
 
 
 # --- 6. Demo -------------------------------------------------------------------------
