@@ -370,6 +370,17 @@ def test_twice_the_steps_are_those_of_the_table():
     assert said in " ".join(RESULTS.split())
 
 
+def test_six_on_camvid_are_those_of_the_table():
+    at_boundary = "difference within 3 px"
+    for row in compared("camvid"):
+        cells = (f"`{row['method']}`", f"{row['miou']:.4f}",
+                 f"{row['difference']:+.4f}", between(row, "difference"),
+                 f"{row['images won']:.0f}, {row['images lost']:.0f}",
+                 f"{row[at_boundary]:+.4f}", between(row, at_boundary),
+                 f"{row['gmacs']:.2f}")
+        assert f"| {' | '.join(cells)} |" in RESULTS, row["method"]
+
+
 def test_drives_are_those_of_the_tables():
     """A row per drive that was left out, and their means; then six on two of them."""
     at_boundary = "difference within 3 px"
