@@ -370,6 +370,15 @@ def test_twice_the_steps_are_those_of_the_table():
     assert said in " ".join(RESULTS.split())
 
 
+def test_unet_without_auxiliary_losses_is_that_of_the_table():
+    hgd, unet = compared("unet")
+    said = (f"U-Net come to {unet['miou']:.4f} and two of EfficientFCN to "
+            f"{hgd['miou']:.4f} (`compare-unet.csv`), each of the one ahead of each of "
+            f"the other, by {unet['difference']:+.4f} in the mean, 95 % interval over "
+            f"images {between(unet, 'difference')};")
+    assert said in " ".join(RESULTS.split())
+
+
 def test_six_on_camvid_are_those_of_the_table():
     at_boundary = "difference within 3 px"
     for row in compared("camvid"):
