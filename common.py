@@ -1074,7 +1074,7 @@ def load_file(path: Path) -> dict:
 
 
 def fits_its_checksums(path: Path) -> bool:
-    """torch.load reads a flipped bit without a word: the weights are just others."""
+    """Is it as it was written? torch.load reads a flipped bit without a word."""
     try:
         with zipfile.ZipFile(path) as file:
             return file.testzip() is None

@@ -890,7 +890,8 @@ def check_some(dataset, *, count: int = 64) -> set[tuple[int, int]]:
     Returns the sizes that occur among them.
     """
     picked = range(0, len(dataset), max(1, len(dataset) // count))
-    pixels, sizes = {}, set()
+    pixels = {}
+    sizes = set()
     for i in picked:
         labels = dataset.load(i)[1]
         pixels[i] = torch.bincount(labels.flatten(), minlength=256)
@@ -1112,7 +1113,7 @@ def outlive_a_signal(worker: int) -> None:
     """A loader process goes on while its parent finishes the step it was stopped in.
 
     Ctrl-C, torchrun and SLURM signal the loader's processes, too. But they must end one
-    day even if nobody tells them: after SIGTERM, when the parent would give them up.
+    day even if nobody tells them: STUCK seconds after SIGTERM.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):  # not on Windows, where nobody sends SIGTERM either

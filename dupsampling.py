@@ -491,7 +491,7 @@ class DUpsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Division by T, 0.06 when trained on streets, makes an error 17 times as large,
-        # and bfloat16 knows a logit to the third digit only.
+        # and bfloat16 keeps two to three digits of a logit.
         with full_precision(x):
             z = decompress(widened(x), widened(self.W), ratio=self.ratio)
             if self.use_mean:

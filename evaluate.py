@@ -654,8 +654,10 @@ def report_text(report: dict, matrix: ConfusionMatrix) -> str:
                                  for share, f in report["boundary_f"]))
     lines.append(f"{report['seconds']} s, peak {report['peak_gb']} GB")
     how = report["protocol"]
-    how += f", {report['settings']['amp']}" * (report["settings"]["amp"] != "off")
-    how += ", absent classes are 0" * (report["convention"] == "encoding")
+    if report["settings"]["amp"] != "off":
+        how += f", {report['settings']['amp']}"
+    if report["convention"] == "encoding":
+        how += ", absent classes are 0"
     lines.append(matrix.summary(
         protocol=how, expected_images=report["images"],
         name=report["metric"], miou=report["miou"]))

@@ -19,7 +19,7 @@ Dimension key
 
 Paper -> code
     | Fig. 3 (c)         | SFNet.decode       | encoder, context, decoder |
-    | Fig. 3 (c), end    | SFNet.to_pixels    | from F_2's to the image's size |
+    | Fig. 3 (c), end    | SFNet.to_pixels    | from the finest level to pixels |
     | Fig. 3 (a)         | FAM.forward        | flow from both maps, then warp |
     | Fig. 3 (b)         | warp               | Eq. (2), then Eq. (3) |
     | Sec. 3.2, Eq. (1)  | predict_flow       | conv_l(cat(F_l, F_(l-1))) |

@@ -198,7 +198,7 @@ def evaluate(run: Run, asked: Signals) -> None:
 
     The run is saved before, so that a fault here costs no step.
     """
-    if not run.bad_steps:
+    if not run.bad_steps:  # see save_is_due
         save(run)
     if run.world > 1:
         same_buffers(run.model)

@@ -30,7 +30,7 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 LIMIT = 15  # seconds for all claims of a task, which take well under one
-# What of tests/ goes along: no other file tells nothing of a solution.
+# What of tests/ goes along. The other files may show a solution.
 FOR_STUDENTS = "conftest.py", "sharing.py", "shapecheck.py", "sixth.py", "test_prose.py"
 # What a student may try first: of each module one call, short enough to check by hand.
 EXAMPLES = {
@@ -72,9 +72,12 @@ def read(module: str) -> str:
 
 
 def member(parent: ast.AST, path: str):
-    """The function or class of this name in a module or class; None if it has none."""
+    """The function or class of this name in a module or class; None if it has none.
+
+    Of two with one name it is the last, as for Python.
+    """
     for name in path.split("."):
-        inside = getattr(parent, "body", [])
+        inside = reversed(getattr(parent, "body", []))
         parent = next((node for node in inside if getattr(node, "name", "") == name),
                       None)
     return parent

@@ -78,7 +78,6 @@ def graft(task: Task, original: str, text: str, file: str) -> ModuleType:
     """The original module, with the task's function and new names from `text`."""
     tree = ast.parse(original)
     theirs = ast.parse(text, file)
-    theirs.body.reverse()  # of two with one name Python takes the last
     function = member(theirs, task.path)
     if function is None:
         raise NameError(f"{Path(file).name} has no {task.path}")
@@ -88,8 +87,7 @@ def graft(task: Task, original: str, text: str, file: str) -> ModuleType:
     for name in [*outer, last]:
         at = home.body.index(member(home, name))
         known = set().union(*map(names_of, home.body))
-        ordered = sorted(source.body, key=lambda node: node.lineno)
-        home.body[at:at] = [part for node in ordered
+        home.body[at:at] = [part for node in source.body
                             for part in additions(node, known)]
         if name in outer:
             home = member(home, name)
