@@ -1511,6 +1511,37 @@ def in_words(row: dict, first_row: dict) -> str:
     return said
 
 
+def compare_text(table: list[dict], absent: list[str]) -> str:
+    """The rows for reading; `absent`: classes of no pixel that some run has found."""
+    at = f"within {NEAR} px"
+    lines = []
+    for row in table:
+        spread = ""
+        if row["n"] > 1:
+            spread = f" ± {row['seeds']:.4f} over {row['n']} seeds"
+        lines.append(f"{row['method']}: mIoU {row['miou']:.4f}, 95 % interval "
+                     f"[{row['low']:.4f}, {row['high']:.4f}]{spread}; {at} of a class "
+                     f"boundary {row[f'miou {at}']:.4f}")
+    for row in table[1:]:
+        low = row[f"difference {at} low"]
+        high = row[f"difference {at} high"]
+        lines.append(in_words(row, table[0]))
+        lines.append(f"  by each image's own mIoU ahead in {row['images won']}, behind "
+                     f"in {row['images lost']} of {row['images']}; {at} of a boundary "
+                     f"{row[f'difference {at}']:+.4f} [{low:+.4f}, {high:+.4f}]")
+    if absent:
+        lines.append(f"No pixel is {', '.join(absent)}: for a run that has found it "
+                     f"there, its IoU is 0, for the others it is left out.")
+    return "\n".join(lines)
+
+
+def nowhere(counts: Tensor, classes: list[str]) -> list[str]:
+    """Classes that some run has found, but no pixel is: counts (R, N, K, K)."""
+    found = counts.sum((0, 1, 2)) > 0  # (K,)
+    true = counts[0].sum((0, 2)) > 0
+    return [name for name, one in zip(classes, found & ~true) if one]
+
+
 def about_seeds(groups: dict[str, list[dict]]) -> str:
     """What the intervals leave out: they are over images, of trainings as they are."""
     runs = [rows[0] for rows in groups.values()]
@@ -1556,29 +1587,9 @@ def command_compare(args) -> None:
         seen.update(step, labels[0], guess(inputs))
         progress(step + 1, len(loader))
     table = compared_rows(groups, seen, dataset.info.classes, block=args.block)
-    first = table[0]["method"]
     print(f"{dataset.info.name} {args.split}, {len(indices)} images, {protocol}; "
-          f"differences are to {first}")
-    for row in table:
-        spread = ""
-        if row["n"] > 1:
-            spread = f" ± {row['seeds']:.4f} over {row['n']} seeds"
-        print(f"{row['method']}: mIoU {row['miou']:.4f}, 95 % interval "
-              f"[{row['low']:.4f}, {row['high']:.4f}]{spread}; within {NEAR} px of a "
-              f"class boundary {row[f'miou within {NEAR} px']:.4f}")
-    for row in table[1:]:
-        print(in_words(row, table[0]))
-        at = f"difference within {NEAR} px"
-        print(f"  by each image's own mIoU ahead in {row['images won']}, behind in "
-              f"{row['images lost']} of {row['images']}; within {NEAR} px of a "
-              f"boundary {row[at]:+.4f} [{row[f'{at} low']:+.4f}, "
-              f"{row[f'{at} high']:+.4f}]")
-    found = seen.counts.sum((0, 1, 2)) > 0  # (K,), by some run
-    lacking = found & (seen.counts[0].sum((0, 2)) == 0)
-    if lacking.any():
-        names = [dataset.info.classes[k] for k in lacking.nonzero()[:, 0]]
-        print(f"No pixel is {', '.join(names)}: for a run that has found it there, its "
-              f"IoU is 0, for the others it is left out.")
+          f"differences are to {table[0]['method']}")
+    print(compare_text(table, nowhere(seen.counts, dataset.info.classes)))
     print(about_seeds(groups))
     if args.block == 1:
         print("Images count as independent. If they are frames of a video, these "
