@@ -26,7 +26,7 @@ Paper -> code
     | Sec. 3.1, encoder | build                        | output stride 16 or 8 |
     | Sec. 3.2, Fig. 4  | Xception                     | --backbone xception65 [N10] |
     | Sec. 3.1, Eq. (1) | atrous_convolution           | a kernel with holes |
-    | Sec. 3.1, rates   | atrous_rates                 | 6, 12, 18 at output stride 16 |
+    | Fig. 2, rates     | atrous_rates                 | 6, 12, 18 at output stride 16 |
     | Sec. 4.1, Table 1 | build, low_channels          | 1x1 to 48 channels |
     | Sec. 4.1, Table 2 | build, refine                | [3x3, 256] twice |
     | Table 2, Conv3    | TwoLevelDecoder              | res3 on the way, too |
@@ -46,7 +46,8 @@ mmsegmentation, in which NRD's authors ran the DeepLabv3+ that they compare with
                ResNet-50, 19 classes, `evaluate.py cost deeplabv3plus`). On scores: not
                measured.
     N2  Rates of ASPP.
-        Paper: 6, 12 and 18 at output stride 16, and twice that at 8.
+        Paper: Fig. 2: 6, 12 and 18, which are those of output stride 16. That they
+               double at 8 is said in DeepLabv3's paper (arXiv:1706.05587).
         Code:  The same.
         Here:  The same, as (3, 6, 9) times 32 / output stride. Without dilation that
                gives 3, 6 and 9, as in the rows that NRD prints.
@@ -78,9 +79,10 @@ mmsegmentation, in which NRD's authors ran the DeepLabv3+ that they compare with
     N6  Separable convolutions, and costs of Table 3.
         Paper: The final model has separable convolutions in ASPP and decoder. Sec. 4:
                without them it costs more and scores about the same. Table 3 counts
-               ResNet-101 at 513x513 pixels without them: at output strides 32, 16 and
-               8 it takes 52.43, 81.02 and 276.18 G multiply-adds without a decoder, and
-               74.20, 101.28 and 297.92 with one.
+               ResNet-101 without them, at a size that is not stated (513x513 is the
+               crop of training): at output strides 32, 16 and 8 it takes 52.43, 81.02
+               and 276.18 G multiply-adds without a decoder, and 74.20, 101.28 and
+               297.92 with one.
         Code:  The same; two switches choose between both kinds of convolution.
         Here:  Separable. `separable=False` is the variant `plain`; `no-decoder` is the
                network to which Table 3 adds the decoder.
@@ -144,6 +146,7 @@ mmsegmentation, in which NRD's authors ran the DeepLabv3+ that they compare with
     N10 Xception.
         Paper: Sec. 3.2 and Fig. 4: more layers, every pooling a separable convolution
                with a stride, batch norm and ReLU behind each depthwise convolution.
+               Sec. 4.5: X-71 has more layers in the entry flow.
         Code:  The ReLU stands in front of each separable convolution; only the last
                unit has it behind both halves. xception_71 has two units more. The last
                unit of the exit flow may have the rates 1, 2, 4 (multi-grid). Batch norm
@@ -346,7 +349,7 @@ ENTRY = {"xception65": (((128, 2), (256, 2), (728, 2)), 2),
 
 
 class Xception(nn.Module):
-    """Sec. 3.2, Fig. 4: the modified aligned Xception, 65 or 71 layers deep.  [N10]
+    """Sec. 3.2, Fig. 4: the modified aligned Xception; Sec. 4.5: with 71 layers.  [N10]
 
     images (B, 3, H, W) -> {"stem": (B, 64, H/2, W/2), "res2": (B, 256, H/4, W/4),
     "res3": (B, 256, H/8, W/8), "res4": (B, 728, H/16, W/16), "res5": (B, 2048, H/32,
@@ -404,7 +407,7 @@ ENCODERS = {name: partial(Xception, name) for name in ENTRY}  # for every method
 
 
 class DeepLabv3PlusDecoder(nn.Module):
-    """Sec. 3.1: context up to 1/4, beside 48 low-level channels, two 3x3, classifier.
+    """Secs. 3.1, 4.1: context up to 1/4, beside 48 low-level channels, then two 3x3.
 
     The low-level features of a ResNet-50 have 256 channels, as many as the context. If
     all of them were concatenated they could outweigh the context, which knows more,

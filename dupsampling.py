@@ -113,9 +113,9 @@ there is no `convert`: no checkpoint exists that it could translate.
                these stages. `--backbone resnet50s` has the stem of [5], `resnet50c` one
                with 64 channels; the stem of `resnet50` is one 7x7 convolution, whose
                output takes the place of conv1_3.
-        Effect: The paper counts the decoder alone, so its FLOPs cannot confirm the
-               encoder. b1u2c3 has as many channels as the end of res2, b3u6c3 as that
-               of res4. For conv1_3, 64 channels fit better: the 22.34 of Table 3 is
+        Effect: The tables count the decoder alone, so they cannot confirm the encoder.
+               b1u2c3 has as many channels as the end of res2, b3u6c3 as that of res4.
+               For conv1_3, 64 channels fit better: the 22.34 of Table 3 is
                22.51 with 64 and 22.91 with 128. On scores: not measured.
     N8  Start of the new layers.
         Paper: "Gaussian distribution of variance 0.01 and mean 0" (Sec. 4).

@@ -235,7 +235,8 @@ FROM_SCRATCH = {}  # options of `build` in train.py's own recipes
 PAPER = "paper, Sec. 4.1"
 OFFICIAL = "official code"
 SCHEDULE = {"lr": (0.001, PAPER), "head_lr": (10.0, OFFICIAL),
-            "weight_decay": (1e-4, PAPER), "backbone": ("resnet101", PAPER),
+            "weight_decay": (1e-4, PAPER),
+            "backbone": ("resnet101", "paper, Sec. 4.2, Table 5"),
             "weights": ("imagenet", PAPER), "batch": (16, OFFICIAL),
             "momentum": (0.9, PAPER), "power": (0.9, PAPER),
             "min_lr": (0.0, "paper, Sec. 4.1: plain poly"),
@@ -614,7 +615,7 @@ def build(num_classes: int, *, backbone="resnet50", weights="none", decoder="hgd
 
     decoder           'hgd', 'fcn', 'unet-bilinear' or 'unet-deconv' (Table 1)
     channels          width of e8, e16, e32 (512, Sec. 3.2), and of the rivals
-    codewords         n (256, Table 4)
+    codewords         n (256, Sec. 4.2)
     codeword_channels  width D of a codeword; None: twice `channels` (1024, Sec. 3.2)
     codebook_scales   stages in m32 (Table 2)
     guidance_scales   stages in m8 (Table 3)

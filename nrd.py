@@ -263,7 +263,7 @@ SCHEDULE = {"lr": (0.01, PAPER), "weight_decay": (5e-4, PAPER),
             "aux_weight": (0.4, MMSEG)}
 RECIPES = {  # [N12] [N14]
     "cityscapes": SCHEDULE | {
-        "backbone": ("resnet50", "Tables 1 to 4"), "crop": ((512, 1024), PAPER),
+        "backbone": ("resnet50", "Tables 1 and 3"), "crop": ((512, 1024), PAPER),
         "iterations": (84_000, "Table 1; Sec. 3: 80k, and Table 3: 4k of warm-up")},
     "ade20k": SCHEDULE | {
         "backbone": ("resnet101", "Table 5"), "crop": ((512, 512), PAPER),
