@@ -575,10 +575,10 @@ def ohem_cross_entropy(logits: Tensor, labels: Tensor, *, share: float,
         loss = loss[mask]
         if loss.numel():
             count = math.ceil(share * loss.numel())
-            floor = loss.detach().topk(count).values[-1]
             if threshold:
-                floor = floor.clamp(max=-math.log(threshold))
-            kept.append(loss[loss.detach() >= floor])
+                hard = (loss > -math.log(threshold)).sum().item()
+                count = max(count, hard)
+            kept.append(loss.topk(count).values)
     return torch.cat(kept).mean() if kept else (logits * 0.0).sum()
 
 
@@ -634,9 +634,10 @@ class ConfusionMatrix:
         K = self.num_classes
         valid = labels != IGNORE_INDEX
         truth, guess = labels[valid].long().cpu(), predictions[valid].long().cpu()
-        if truth.numel() and (truth.max() >= K or guess.max() >= K):
-            raise ValueError(f"labels and predictions must be 0..{K - 1} or 255, got "
-                             f"{truth.max().item()} and {guess.max().item()}")
+        for ids in (truth, guess):
+            if ids.numel() and not 0 <= ids.min() <= ids.max() < K:
+                raise ValueError(f"labels and predictions must be 0..{K - 1} or 255, "
+                                 f"got {ids.min().item()} to {ids.max().item()}")
         self.counts += torch.bincount(truth * K + guess, minlength=K * K).reshape(K, K)
         self.images += 1
 

@@ -58,6 +58,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB i
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 # PIL would try all that it knows, whatever the name says: an EPS runs Ghostscript.
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF")
+MAY_BE_BINARY = ("folder", "voc-aug")  # some masks of these hold 0 and 255 alone
 
 # --- What a data set is --------------------------------------------------------------
 
@@ -116,7 +117,7 @@ class Files:
             return torch.from_numpy(path.draw())
         raw = read_mask(path, self.colours)
         return torch.from_numpy(map_labels(raw, self.lut, path,
-                                           binary_ok=self.info.name == "folder"))
+                                           binary_ok=self.info.name in MAY_BE_BINARY))
 
 
 class Streets:
@@ -168,6 +169,15 @@ def open_image(path: Path) -> Image.Image:
         raise UserError(f"{path}: unreadable ({error}); truncated download?") from None
 
 
+def stored_mode(path: Path) -> str:
+    """PIL's name of how a PNG or TIFF stores pixels, as L;4; of others, their mode."""
+    with Image.open(path, formats=FORMATS) as image:
+        if image.format not in ("PNG", "TIFF"):
+            return image.mode
+        arguments = image.tile[0][3]  # the mode, or a tuple that begins with it
+        return arguments if isinstance(arguments, str) else arguments[0]
+
+
 def orientation(path: Path) -> int:
     """A camera's EXIF tag: 1 upright, 2 to 4 upside down or mirrored, 5 to 8 on a side.
     """
@@ -199,9 +209,14 @@ def read_mask(path: Path, colours: dict | None = None) -> np.ndarray:
     `colours` = {(r, g, b): id} an RGB mask is read, too.
     """
     mask = open_image(path)
-    if mask.format == "JPEG":
+    if mask.format == "JPEG" or mask.info.get("compression") in ("jpeg", "tiff_jpeg"):
         raise UserError(f"{path}: a JPEG mask; its compression makes up ids at every "
                         f"border between classes. Save masks as PNG")
+    stored = stored_mode(path)
+    if mask.mode == "L" and stored != "L":
+        raise UserError(f"{path}: stored as {stored}, grey of less than 8 bits or with "
+                        f"0 for white; a reader of pictures stretches or inverts the "
+                        f"ids. Save masks as grey of 8 bits, or with a palette")
     if colours and mask.mode == "RGB":
         return ids_of_colours(np.array(mask), colours, path)
     if colours and mask.mode == "P":
@@ -261,7 +276,8 @@ def map_labels(raw: np.ndarray, lut: np.ndarray, path: Path, *,
             f"{legal[0]}..{legal[legal < 255].max()}{void}; "
             f"{likely_cause(np.flatnonzero(counts), bad)}")
     # Legal, but no published mask is so, except some of VOC's, where difficult objects
-    # are void. VOC's are in palette mode, which a program that thresholds never writes.
+    # are void. VOC's are in palette mode, which a program that thresholds never writes;
+    # copies of the augmented masks are not.
     if not binary_ok and is_binary(counts) and Image.open(path).mode != "P":
         raise UserError(f"{path}: only 0 and 255: a binary mask? Expected class ids")
     return lut.astype(np.uint8)[raw]
@@ -884,18 +900,11 @@ ALL_BINARY = ("every mask looked at holds 0 and 255 alone, where 255 means ignor
               "binary masks? Write 1 instead of 255")
 
 
-def check_some(dataset, *, count: int = 64) -> set[tuple[int, int]]:
-    """Load evenly spaced samples: a wrong data set must fail before the first step.
-
-    Returns the sizes that occur among them.
-    """
+def check_some(dataset, *, count: int = 64) -> None:
+    """Load evenly spaced samples: a wrong data set must fail before the first step."""
     picked = range(0, len(dataset), max(1, len(dataset) // count))
-    pixels = {}
-    sizes = set()
-    for i in picked:
-        labels = dataset.load(i)[1]
-        pixels[i] = torch.bincount(labels.flatten(), minlength=256)
-        sizes.add(tuple(labels.shape))
+    pixels = {i: torch.bincount(dataset.load(i)[1].flatten(), minlength=256)
+              for i in picked}
     binary = [i for i in picked if is_binary(pixels[i])]
     if len(binary) == len(picked):
         raise UserError(f"{dataset.name(0)} and others: {ALL_BINARY}")
@@ -904,12 +913,11 @@ def check_some(dataset, *, count: int = 64) -> set[tuple[int, int]]:
                         f"masks are ignored; there is nothing to learn or to score")
     warn_of_binary(dataset, binary)
     warn_of_turned(dataset, picked)
-    return sizes
 
 
 def warn_of_turned(dataset, indices) -> None:
     """Of a picture that is upside down and its mask, nothing but a look tells."""
-    if dataset.info.name != "folder" or not dataset.has_labels:
+    if not isinstance(dataset, Files) or not dataset.has_labels:
         return
     turned = [i for i in indices if orientation(dataset.pairs[i][0]) > 1]
     if turned:

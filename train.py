@@ -47,7 +47,7 @@ from common import (ABOVE_ZERO, FORMAT, IGNORE_INDEX, LABELS, PATIENCE, Damaged,
                     check_option, join_processes, load_checkpoint, load_method,
                     make_folder, method_options, methods, number, out_of_memory,
                     peak_memory, progress, rank_and_world, save_checkpoint,
-                    segmentation_loss, show_errors, told_rank)
+                    segmentation_loss, shapes_only, show_errors, told_rank)
 from evaluate import Protocol, sample_sheet, score_dataset
 
 # --- Part 1. The lesson --------------------------------------------------------------
@@ -232,15 +232,24 @@ def refresh_batch_norm(run: Run) -> None:
     on a drive of CamVid, see results/README.md).
     Of several processes, all do the same work here.
     """
-    torch.manual_seed(run.args.seed)  # dropout is on: no memory of what was before
-    picked = torch.randperm(len(run.train_set))[:run.values["bn_images"]].tolist()
-    loader = data.whole_loader(run.train_set, picked, run.values["batch"],
-                               workers=run.args.workers, upper_bound=run.upper_bound)
+    picked = statistics_images(run.args, run.values, len(run.train_set))
+    batch = run.values["batch"] // run.args.accumulate  # what fits into memory
+    loader = data.whole_loader(run.train_set, picked, batch, workers=run.args.workers,
+                               upper_bound=run.upper_bound)
     with autocast(run.device, run.args.amp):
         torch.optim.swa_utils.update_bn(loader, run.model, device=run.device)
-    if len(picked) % run.values["batch"] or len(picked) < run.values["bn_images"]:
-        print(f"  batch norm's statistics are of {len(loader) * run.values['batch']} "
-              f"images: full batches of {run.values['batch']}, of {len(picked)}")
+    if len(picked) % batch or len(picked) < run.values["bn_images"]:
+        print(f"  batch norm's statistics are of {len(loader) * batch} images: full "
+              f"batches of {batch}, of {len(picked)}")
+
+
+def statistics_images(args, values: dict, images: int) -> list[int]:
+    """Indices of the training images that give batch norm its statistics.
+
+    Always the same of a run. Seeds torch, for dropout is on while they are seen.
+    """
+    torch.manual_seed(args.seed)
+    return torch.randperm(images)[:values["bn_images"]].tolist()
 
 
 def protocol_of(run: Run) -> Protocol:
@@ -507,24 +516,49 @@ def prepare_model(method: str, model, train_set, workers: int) -> None:
         print(f"{line} ({time.monotonic() - started:.0f} s)")
 
 
-def finetune_from(path: str, model: nn.Module, backbone: str) -> None:
-    """Take over what fits by name and shape from another run; list what does not."""
+def finetune_from(args, model: nn.Module, backbone: str, options: dict,
+                  classes: tuple[str, ...]) -> bool:
+    """Take over what fits by name and shape from another run; list what does not.
+
+    Other classes of the same number have the same shapes, but no weight in common: what
+    depends on the number of classes is dropped then. Returns whether all of it came
+    along, and with it what a method had learned of the labels.
+    """
+    path = args.finetune_from
     checkpoint, own = load_checkpoint(path), model.state_dict()
     if checkpoint["backbone"] != backbone:  # some shapes would agree, by chance
         raise UserError(f"--finetune-from {path}: it has --backbone "
                         f"{checkpoint['backbone']}, this run {backbone}")
     theirs = checkpoint["model"]
+    of_classes = tensors_of_classes(args.method, len(classes), backbone, options)
+    wrong = of_classes if checkpoint["classes"] != list(classes) else set()
     fits = {name: tensor for name, tensor in theirs.items()
-            if name in own and own[name].shape == tensor.shape}
+            if name in own and own[name].shape == tensor.shape and name not in wrong}
     model.load_state_dict(fits, strict=False)
     print(f"{len(fits)} of {len(own)} tensors taken over from {path}")
     for name, tensor in theirs.items():
-        if name not in fits:
-            here = f"{tuple(own[name].shape)} here" if name in own else "not in here"
-            print(f"  dropped: {name} {tuple(tensor.shape)}, {here}")
+        if name in fits:
+            continue
+        here = "not in here"
+        if name in own:
+            here = f"{tuple(own[name].shape)} here"
+        if name in wrong and own[name].shape == tensor.shape:
+            here = "of other classes"
+        print(f"  dropped: {name} {tuple(tensor.shape)}, {here}")
     for name in own:
         if name not in theirs:
             print(f"  not in it, as at the start: {name}")
+    return of_classes <= set(fits)
+
+
+def tensors_of_classes(method: str, num_classes: int, backbone: str,
+                       options: dict) -> set[str]:
+    """Names of the tensors that would have another shape with one class more."""
+    shapes, others = (
+        {name: tensor.shape for name, tensor in shapes_only(
+            method, K, (64, 64), backbone=backbone, **options)[0].state_dict().items()}
+        for K in (num_classes, num_classes % IGNORE_INDEX + 1))
+    return {name for name in shapes if shapes[name] != others[name]}
 
 
 def prepare_data(args, values: dict):
@@ -534,10 +568,10 @@ def prepare_data(args, values: dict):
                           difficulty=args.difficulty)
         for split in (args.train_split, "val"))
     if args.dataset != "streets":
-        sizes = data.check_some(train_set)
-        if values["bn_images"]:
-            data.check_one_size(sizes)
+        data.check_some(train_set)
         data.check_some(val_set)
+        picked = statistics_images(args, values, len(train_set))
+        data.check_one_size({tuple(train_set.labels(i).shape) for i in picked})
     data.Batches(len(train_set), values["batch"], start=0, stop=0, seed=0)  # enough?
     return train_set, val_set
 
@@ -600,9 +634,10 @@ def start_run(args) -> Run:
     if checkpoint:
         check_same(checkpoint, meta)
     else:
-        prepare_model(args.method, model, train_set, args.workers)
-        if args.finetune_from:
-            finetune_from(args.finetune_from, model, values["backbone"])
+        learned = args.finetune_from and finetune_from(
+            args, model, values["backbone"], options, val_set.info.classes)
+        if not learned:
+            prepare_model(args.method, model, train_set, args.workers)
     model.to(device)
     run = Run(args=args, values=values, device=device, rank=rank, world=world,
               model=model, network=Objective(model, args, values),
@@ -669,8 +704,10 @@ def identity(args, values: dict, options: dict, device, train_set, val_set) -> d
 
 def environment(device: torch.device, args) -> dict:
     """On what a result depends besides the recipe, often only in its last bits."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
     return {"python": platform.python_version(), "torch": str(torch.__version__),
-            "torchvision": str(torchvision.__version__), "device": device.type,
+            "torchvision": str(torchvision.__version__),
+            "device": device.type, "gpu": gpu,
             "threads": torch.get_num_threads(), "processes": rank_and_world()[1],
             "accumulate": args.accumulate, "compile": args.compile,
             "tf32": args.tf32, "deterministic": args.deterministic,
@@ -680,7 +717,8 @@ def environment(device: torch.device, args) -> dict:
 def source_version() -> str:
     """The git commit of this library and a hash of its source, which may differ."""
     here = Path(__file__).parent
-    source = b"".join(path.read_bytes() for path in sorted(here.glob("*.py")))
+    files = [*sorted(here.glob("*.py")), here / "results/classes.csv"]
+    source = b"".join(path.read_bytes() for path in files)
     try:
         commit = subprocess.run(["git", "-C", here, "rev-parse", "--short", "HEAD"],
                                 capture_output=True, text=True).stdout.strip()

@@ -68,6 +68,7 @@ def test_the_runs_of_a_chain_go_on_from_each_other(method, tmp_path, thin, monke
             assert f"{len(fits)} of {len(start['model'])} tensors taken over" in said
             assert all(torch.equal(start["model"][n], before[n]) for n in fits)
             assert ("dropped: " in said) == (classes != classes_before)
+            assert "of the labels' variance" not in said, "a W that was not used"
         before, classes_before = load_checkpoint(folder)["model"], classes
 
 

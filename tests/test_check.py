@@ -3,6 +3,8 @@ import io
 import re
 import resource
 import shutil
+import struct
+import zlib
 from fnmatch import fnmatch
 from urllib.error import URLError
 
@@ -186,10 +188,22 @@ def test_download_ends_with_what_to_do(tmp_path, check, monkeypatch):
 # --- Masks: each fault is one sentence that names the file and the cause -------------
 
 
-def encoded(array: np.ndarray, kind="PNG") -> bytes:
+def encoded(array: np.ndarray, kind="PNG", **options) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(array).save(file, kind)
+    Image.fromarray(array).save(file, kind, **options)
     return file.getvalue()
+
+
+def four_bit_png(height: int, width: int) -> bytes:
+    """A grey PNG of 4 bits, all of its ids 1; PIL reads these but writes none."""
+    def chunk(name, content):
+        body = name + content
+        return struct.pack(">I", len(content)) + body + struct.pack(
+            ">I", zlib.crc32(body))
+    header = struct.pack(">IIBBBBB", width, height, 4, 0, 0, 0, 0)
+    rows = (b"\0" + b"\x11" * (width // 2)) * height
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+            + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
 
 
 # Every data set has at least one fault, each fault the data set where it is likely:
@@ -199,6 +213,11 @@ MASKS = [
      r"label values 200 \(6144 px\); legal are 0..2 and 255; a grey-scale picture"),
     ("folder", "a JPEG called .png", encoded(np.zeros((64, 96), np.uint8), "JPEG"),
      "a JPEG mask; its compression makes up ids.*Save masks as PNG"),
+    ("folder", "a JPEG in a TIFF", encoded(np.zeros((64, 96), np.uint8), "TIFF",
+                                           compression="jpeg"),
+     "a JPEG mask; its compression makes up ids.*Save masks as PNG"),
+    ("folder", "4 bits, which PIL stretches to 255", four_bit_png(64, 96),
+     "stored as L;4, grey of less than 8 bits .*Save masks as grey of 8 bits"),
     ("camvid", "colours", encoded(np.zeros((64, 96, 3), np.uint8)),
      "mode RGB.*colour-coded"),
     ("cityscapes", "16 bits", encoded(np.zeros((64, 96), np.uint16)),
@@ -267,6 +286,14 @@ def test_ids_that_no_training_mask_has_are_warned_of(tmp_path, check):
                           f"pixel has 0, 3, 4: 3 of 6 classes cannot be learned")
     (root / "classes.txt").write_text("".join(f"{i} c{i} {i} 2 3\n" for i in range(6)))
     assert check("folder", root)[::2] == (0, "")
+
+
+def test_an_augmented_voc_mask_may_be_so_in_grey(tmp_path):
+    """Copies of SBD's masks are grey, also those of images with difficult objects."""
+    dataset = data.open_dataset("voc-aug", "train",
+                                root=str(draw_tree(tmp_path, "voc-aug")))
+    save(dataset.pairs[0][1], BINARY)
+    assert dataset.labels(0).unique().tolist() == [0, 255]
 
 
 def test_a_voc_mask_may_be_background_and_void_alone(tmp_path, capsys):

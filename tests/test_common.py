@@ -190,6 +190,16 @@ def test_ohem_keeps_the_hard_pixels_of_each_image(share, threshold):
     assert ours.item() == pytest.approx(sum(kept) / len(kept), rel=1e-5)
 
 
+def test_ohem_keeps_no_more_where_losses_tie():
+    """Sure pixels have a loss of exactly 0: as many as fill the share, and not all."""
+    logits = torch.tensor([[50.0, 0.0]]).repeat(100, 1)
+    logits[:5] = torch.tensor([0.0, 2.0])
+    logits, labels = logits.T.reshape(1, 2, 10, 10), torch.zeros(1, 10, 10)
+    hard = math.log1p(math.exp(2))
+    ours = common.ohem_cross_entropy(logits, labels, share=0.1)
+    assert ours.item() == pytest.approx(hard / 2), "ten pixels are 10 % of a hundred"
+
+
 def test_ohem_does_not_depend_on_how_a_batch_is_divided():
     """The released codes keep a number per process: on one device another loss."""
     logits, labels = torch.randn(4, 3, 5, 5), torch.randint(3, (4, 5, 5))
@@ -257,8 +267,9 @@ def test_data_set_miou_is_not_the_mean_over_images():
 
 def test_metric_refuses_nonsense():
     matrix = ConfusionMatrix(2)
-    with pytest.raises(ValueError, match="must be 0..1 or 255"):
-        matrix.update(torch.tensor([[2]]), torch.tensor([[0]]))
+    for labels, predictions in ((2, 0), (0, 2), (1, -1), (-1, 0)):
+        with pytest.raises(ValueError, match="must be 0..1 or 255"):
+            matrix.update(torch.tensor([[labels]]), torch.tensor([[predictions]]))
     matrix.update(torch.tensor([[255]]), torch.tensor([[0]]))
     with pytest.raises(UserError, match="no valid pixel"):
         matrix.miou()

@@ -304,6 +304,32 @@ def test_finetuning_takes_over_what_fits_and_lists_the_rest(
     assert encoder and all(torch.equal(own[n], theirs[n]) for n in encoder)
 
 
+def test_finetuning_on_other_classes_of_the_same_number(tmp_path, monkeypatch, capsys):
+    """streets and CamVid have eleven each: the row of `road` is not that of `pole`.
+
+    And W has to be fitted to the new labels, not taken from the old ones.
+    """
+    words = *FOUR_STEPS, "--method", "dupsampling"
+    stop_after(1, monkeypatch)
+    with pytest.raises(train.Stopped):
+        launch(*words, "--out", tmp_path / "streets")
+    root = draw_tree(tmp_path / "data", "camvid", images=4)
+    stop_after(1, monkeypatch)
+    with pytest.raises(train.Stopped):
+        launch(*words, "--dataset", "camvid", "--data-root", root, "--bn-images", 0,
+               "--finetune-from", tmp_path / "streets", "--out", tmp_path / "camvid")
+    said = capsys.readouterr().out.partition("taken over from")[2]
+    start = load_checkpoint(tmp_path / "camvid/prev.pt")
+    theirs, own = load_checkpoint(tmp_path / "streets")["model"], start["model"]
+    assert len(theirs) == len(own) and len(start["classes"]) == 11
+    for name in ("decoder.dupsample.W", "decoder.dupsample.mean"):
+        assert f"dropped: {name} {tuple(own[name].shape)}, of other classes" in said
+        assert not torch.equal(own[name], theirs[name])
+    assert "of the labels' variance" in said
+    temperature = "decoder.dupsample.temperature.log_T"
+    assert torch.equal(own[temperature], theirs[temperature])
+
+
 @pytest.mark.parametrize("backbone", ["labels", "resnet50"])
 def test_finetuning_from_another_backbone_is_refused(
         backbone, stopped_original, tmp_path, monkeypatch, capsys):

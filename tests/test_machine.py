@@ -308,6 +308,11 @@ def test_a_turned_photo_beside_its_mask_is_explained(tmp_path, capsys):
     picture.save(root / "train/images/0.jpg", exif=tag)
     data.check_some(data.open_dataset("folder", "train", root=str(root)))
     assert "1 of 4 images are turned" in capsys.readouterr().err
+    root = draw_tree(tmp_path / "published", "ade20k")
+    dataset = data.open_dataset("ade20k", "val", root=str(root))
+    picture.save(dataset.pairs[0][0], exif=tag)
+    data.check_some(dataset)
+    assert "images are turned" in capsys.readouterr().err, "of a published set, too"
 
 
 def test_tiff_and_gif_are_images_and_eps_is_none(tmp_path):

@@ -81,6 +81,20 @@ def test_bn_images_are_seen_whole_by_batch_norm(tmp_path, capsys):
                                stem.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
 
 
+def test_bn_images_come_in_parts_as_in_training(tmp_path, monkeypatch):
+    """Whole images of a whole batch would take more memory than any step."""
+    batches = []
+    whole_loader = data.whole_loader
+
+    def noted(dataset, indices, batch, **options):
+        batches.append(batch)
+        return whole_loader(dataset, indices, batch, **options)
+    monkeypatch.setattr(data, "whole_loader", noted)
+    launch(*PAIRS, "--iterations", 2, "--batch", 4, "--accumulate", 2, "--bn-images", 4,
+           "--out", tmp_path)
+    assert set(batches) == {2}
+
+
 def test_bn_images_of_one_batch_are_not_neighbours(tmp_path, monkeypatch):
     """Frames of a video are alike: the variance within batches of them is too small."""
     orders = []
@@ -101,8 +115,13 @@ def test_bn_images_must_have_one_size():
         data.same_size(samples)
 
 
-def test_bn_images_of_two_sizes_are_refused_before_the_first_step(tmp_path, capsys):
-    """And not at the first evaluation, when the run can no longer do without them."""
+def test_bn_images_of_two_sizes_are_refused_before_the_first_step(
+        tmp_path, monkeypatch, capsys):
+    """And not at the first evaluation, when the run can no longer do without them.
+
+    All of them are looked at: the spot check may miss the one that is larger.
+    """
+    monkeypatch.setattr(data, "check_some", lambda *_: None)
     draw_tree(tmp_path / "tree", "folder", images=4)
     for kind in ("images", "masks"):
         file = sorted((tmp_path / "tree/train" / kind).iterdir())[0]

@@ -266,8 +266,7 @@ class ohem_cross_entropy:
                 {"share * loss.numel()": "share * mask.numel()"},
                 loses="image_by_image void"),
         Mistake("the easiest pixels are kept, not the hardest",
-                {"topk(count)": "topk(count, largest=False)",
-                 ".detach() >= floor": ".detach() <= floor"},
+                {"topk(count)": "topk(count, largest=False)"},
                 loses="share threshold image_by_image void gradients"),
         Mistake("the threshold is not looked at",
                 {"if threshold:": "if False:"}, loses="threshold"),
@@ -335,7 +334,8 @@ class ConfusionMatrix_update:
                 {"self.images += 1": "pass"}, loses="several"),
         Mistake("predictions are not checked: one that is no class would be counted "
                 "elsewhere",
-                {"or guess.max() >= K": "", "bincount(truth * K + guess, minlength":
+                {"in (truth, guess)": "in (truth,)",
+                 "bincount(truth * K + guess, minlength":
                  "bincount(truth * K + guess.clamp(max=K - 1), minlength"},
                 loses="refuses"),
     ]
