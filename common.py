@@ -59,6 +59,10 @@ class UserError(Exception):
         self.code = code
 
 
+# What Python and torch raise where the values of options make no network.
+MISFITS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
+           ValueError)
+
 # --- Building blocks -----------------------------------------------------------------
 
 
@@ -198,9 +202,9 @@ LABELS = "labels"  # the backbone of an upper bound: it reads the ground truth
 def encoders() -> dict:
     """The encoders that papers bring: {name: function that builds it}.
 
-    A paper module offers them as ENCODERS. Each function takes output_stride, and what
-    it builds has the attributes and the `forward` of Encoder, with the stages that it
-    has.
+    A method's file offers them as ENCODERS, at the beginning of a line. Each function
+    takes output_stride, and what it builds has the attributes and the `forward` of
+    Encoder, with the stages that it has.
     """
     found = {}
     for name in methods():
@@ -467,7 +471,7 @@ def make_encoder(backbone: str, num_classes: int, *, weights="none", output_stri
                        ceil_mode=ceil_mode)
     check_output_stride(output_stride)
     if weights == "imagenet":
-        raise UserError(f"torchvision has no ImageNet weights for {backbone}: pass "
+        raise UserError(f"ImageNet weights of {backbone} are not at hand: pass "
                         f"--weights none, or a file with the names of its tensors")
     encoder = known[backbone](output_stride=output_stride)
     encoder.loaded = load_weights(encoder, backbone, weights)
@@ -723,6 +727,10 @@ def method_options(spec: str) -> dict:
     fixed = ("num_classes", "backbone", "weights")
     parameters = inspect.signature(module.build).parameters
     defaults = {key: p.default for key, p in parameters.items() if key not in fixed}
+    for key in variant:
+        if key not in defaults:
+            raise UserError(f"{spec}: {module.__name__}.build has no option "
+                            f"{key!r}{did_you_mean(key, defaults)}")
     return defaults | variant
 
 
@@ -761,14 +769,18 @@ def build_model(spec: str, num_classes: int, *, backbone="resnet50", weights="no
         RECIPES           {data set: {name: (value, source)}}; else train.py's own.
                           "DATASET:BACKBONE" is a key, too, and "finetuned DATASET" for
                           runs that begin with the weights of another
-        FROM_SCRATCH      options of build in train.py's own recipes; else none
+        FROM_SCRATCH      options of build in train.py's own recipes; else none. They,
+                          and `channels` of those recipes, go above a variant's own
         ENCODERS          {name: function of output_stride}: more names for --backbone,
                           with every method; see `encoders`
-        prepare(model, label_maps, progress) -> line for the log, before step one
+        prepare(model, label_maps, progress) -> line for the log, before step one;
+                          while it works, progress(step, steps, images done)
         pretrain_loss(model, images, labels) -> loss of the first --pretrain steps
-        explain(model, image, palette, classes) -> figure; else nothing to explain
+        explain(model, image, *, palette, classes) -> figure; else nothing to explain
         results/published.csv: rows that `evaluate.py cost` compares with
 
+    `cost` and `table` build on torch's meta device, where no tensor has a number: no
+    .item(). In `export` H and W may be symbols: (H + 3) // 4, not math.ceil(H / 4).
     Whether a model keeps it is tried at once, with one small image.
     """
     if not 1 <= num_classes <= IGNORE_INDEX:
@@ -776,6 +788,7 @@ def build_model(spec: str, num_classes: int, *, backbone="resnet50", weights="no
                         f"{IGNORE_INDEX} is no class, so 1 to {IGNORE_INDEX}")
     if in_channels not in range(1, 2**16):
         raise UserError(f"in_channels={in_channels!r}: must be a number above 0")
+    method_options(spec)  # whose names must be right, too
     for key in options:
         check_option(spec, key)
     module, variant = load_method(spec)
@@ -803,7 +816,12 @@ def broken_contract(model: nn.Module) -> str:
     shape = 1, input_channels(model), *size
     images = torch.linspace(-2, 2, math.prod(shape), device=parameter.device)
     images, was_training = images.reshape(shape), model.training
-    outputs = model.eval()(images)
+    try:
+        outputs = model.eval()(images)
+    except Exception as error:
+        error.add_note(f"(raised for a trial image of {size[0]}x{size[1]} pixels: any "
+                       f"size from 32 on must do)")
+        raise
     if not isinstance(outputs, dict) or set(outputs) != {"out", "aux"}:
         return 'forward must give {"out": logits, "aux": [..]}'
     if outputs["out"].shape != (1, K, *size) or outputs["aux"]:
@@ -828,7 +846,9 @@ def broken_contract(model: nn.Module) -> str:
 
 def input_channels(model: nn.Module) -> int:
     """Channels of the images, mostly 3; for an upper bound, the number of classes."""
-    return getattr(getattr(model, "encoder", model), "in_channels", 3)
+    readers = [part for part in model.modules() if isinstance(part, LabelEncoder)]
+    first = readers[0] if readers else getattr(model, "encoder", model)
+    return getattr(first, "in_channels", 3)
 
 
 # =====================================================================================
@@ -1002,15 +1022,25 @@ def published(method: str) -> list[dict[str, str]]:
     """The rows of results/published.csv, one per number, for a method's variants."""
     path = FOLDER / "results" / "published.csv"
     with open(path, newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file)
+        rows = [row for row in csv.DictReader(file)
                 if row["method"].partition(":")[0] == method]
+    for row in rows:
+        if None in row.values() or None in row:
+            raise UserError(f"{path}: a line of {row['method']} has too few columns, "
+                            f"or too many")
+    return rows
 
 
 def shapes_only(spec: str, num_classes: int, size: tuple[int, int], *,
                 backbone="resnet50", **options) -> tuple[nn.Module, Tensor]:
     """A model in eval mode and an image on torch's meta device: no memory needed."""
     with torch.device("meta"):
-        model = build_model(spec, num_classes, backbone=backbone, **options).eval()
+        try:
+            model = build_model(spec, num_classes, backbone=backbone, **options).eval()
+        except MISFITS as error:
+            raise UserError(f"{spec} cannot be built on torch's meta device "
+                            f"({str(error).splitlines()[0]}); see build_model in "
+                            f"common.py") from error
         return model, torch.empty(1, input_channels(model), *size)
 
 

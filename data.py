@@ -217,6 +217,11 @@ def read_mask(path: Path, colours: dict | None = None) -> np.ndarray:
         raise UserError(f"{path}: stored as {stored}, grey of less than 8 bits or with "
                         f"0 for white; a reader of pictures stretches or inverts the "
                         f"ids. Save masks as grey of 8 bits, or with a palette")
+    if colours and mask.mode == "RGBA":
+        if mask.getextrema()[3] != (255, 255):
+            raise UserError(f"{path}: a mask that is transparent somewhere: save it as "
+                            f"RGB")
+        mask = mask.convert("RGB")
     if colours and mask.mode == "RGB":
         return ids_of_colours(np.array(mask), colours, path)
     if colours and mask.mode == "P":
@@ -898,6 +903,8 @@ def raw_values(name: str, num_classes: int) -> np.ndarray:
 
 ALL_BINARY = ("every mask looked at holds 0 and 255 alone, where 255 means ignored: "
               "binary masks? Write 1 instead of 255")
+ALL_IGNORED = ("all pixels of {} masks are ignored; there is nothing to learn or to "
+               "score")
 
 
 def check_some(dataset, *, count: int = 64) -> None:
@@ -909,8 +916,8 @@ def check_some(dataset, *, count: int = 64) -> None:
     if len(binary) == len(picked):
         raise UserError(f"{dataset.name(0)} and others: {ALL_BINARY}")
     if not sum(pixels.values())[:IGNORE_INDEX].any():
-        raise UserError(f"{dataset.name(0)} and others: all pixels of {len(picked)} "
-                        f"masks are ignored; there is nothing to learn or to score")
+        raise UserError(f"{dataset.name(0)} and others: "
+                        f"{ALL_IGNORED.format(len(picked))}")
     warn_of_binary(dataset, binary)
     warn_of_turned(dataset, picked)
 
@@ -1203,6 +1210,8 @@ def survey(dataset, title: str, workers: int) -> tuple[dict, Counter, Tensor]:
     binary = [i for i, pixels in enumerate(counts) if is_binary(pixels)]
     if binary and len(binary) == len(counts):
         faults[len(dataset)] = f"{title}: {ALL_BINARY}"
+    elif dataset.has_labels and counts and not sum(counts)[:IGNORE_INDEX].any():
+        faults[len(dataset)] = f"{title}: {ALL_IGNORED.format(len(counts))}"
     elif not faults:
         warn_of_binary(dataset, binary)
         warn_of_turned(dataset, range(len(dataset)))

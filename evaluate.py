@@ -52,13 +52,13 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import resize
 
 import data
-from common import (ABOVE_ZERO, IGNORE_INDEX, LABELS, ConfusionMatrix, Damaged, Parser,
-                    UserError, autocast, backbones, build_model, checkpoint_file,
-                    class_patches, count_cost, ious, join_processes, label_colours,
-                    load_checkpoint, load_method, make_folder, methods, number,
-                    out_of_memory, peak_memory, progress, published, rank_and_world,
-                    restore, rows_at, segmentation_loss, shapes_only, show_errors,
-                    usable)
+from common import (ABOVE_ZERO, IGNORE_INDEX, LABELS, MISFITS, ConfusionMatrix,
+                    Damaged, Parser, UserError, autocast, backbones, build_model,
+                    checkpoint_file, class_patches, count_cost, ious, join_processes,
+                    label_colours, load_checkpoint, load_method, make_folder, methods,
+                    number, out_of_memory, peak_memory, progress, published,
+                    rank_and_world, restore, rows_at, segmentation_loss, shapes_only,
+                    show_errors, usable)
 
 # --- An image becomes class ids ------------------------------------------------------
 
@@ -791,9 +791,13 @@ def command_explain(args) -> None:
         raise UserError(f"{checkpoint['method']} explains nothing yet: "
                         f"{module.__name__}.py has no function explain(model, image, "
                         f"*, palette, classes)")
-    figure = module.explain(model, normalise(image)[None],
-                            palette=checkpoint["palette"],
-                            classes=checkpoint["classes"])
+    if min(image.shape[1:]) < 32:
+        raise UserError(f"explain: {' x '.join(map(str, image.shape[1:]))} pixels; it "
+                        f"needs 32 x 32, a cell of the encoder")
+    with torch.no_grad():
+        figure = module.explain(model, normalise(image)[None],
+                                palette=checkpoint["palette"],
+                                classes=checkpoint["classes"])
     try:
         figure.savefig(args.out, dpi=100)
     except ValueError as error:  # matplotlib knows no format with that ending
@@ -1088,8 +1092,12 @@ def cost_row(config: dict, values: dict, rule: str | None) -> dict:
     {quantity: its row}. `compared` is empty for a network that is not built here.
     """
     stated = [row for name, row in values.items() if name in QUANTITIES]
+    rule = rule or next((row["rule"] for row in stated), "") or "plain"
+    if rule not in RULES:
+        raise UserError(f"results/published.csv, {config['method']}: no rule {rule!r}; "
+                        f"there are {', '.join(RULES)}")
     result = config | {
-        "rule": rule or next((row["rule"] for row in stated), "plain"),
+        "rule": rule,
         "why": next((row["why"] for row in stated if row["why"]), ""),
         "published": {name: row["value"] for name, row in values.items()},
         "compared": {}, "parts": None}
@@ -1194,12 +1202,12 @@ def fingerprint(method: str, num_classes: int, backbone: str, options: dict) -> 
     """Equal for two networks that start with, say, and learn the same.
 
     All buffers are moved a little before they speak, because some are zero until
-    training fills them.
+    training fills them. Some options act in training alone, as a share of dropout.
     """
     torch.manual_seed(0)
     model = build_model(method, num_classes, backbone=backbone, **options).eval()
     channels = num_classes if backbone == LABELS else 3
-    images = torch.linspace(-2, 2, channels * 64 * 64).reshape(1, channels, 64, 64)
+    images = torch.linspace(-2, 2, 2 * channels * 64 * 64).reshape(2, channels, 64, 64)
     learned = torch.tensor([weight.requires_grad for weight in model.parameters()])
     tensors = [learned, *(x.clone() for x in model.state_dict().values())]
     with torch.no_grad():
@@ -1207,6 +1215,9 @@ def fingerprint(method: str, num_classes: int, backbone: str, options: dict) -> 
             if buffer.is_floating_point():
                 buffer += 0.01
         tensors.append(model(images)["out"])
+        torch.manual_seed(0)
+        outputs = model.train()(images)
+        tensors += [outputs["out"], *outputs["aux"]]
     return hashlib.sha256(b"".join(x.numpy().tobytes() for x in tensors)).hexdigest()
 
 
@@ -1220,7 +1231,7 @@ def used_options(checkpoint: dict) -> dict:
         try:
             return whole != fingerprint(
                 *network, {k: v for k, v in options.items() if k != name})
-        except UserError:  # there is no such network without it
+        except (UserError, *MISFITS):  # there is no such network without it
             return True
     return {name: value for name, value in options.items() if matters(name)}
 

@@ -28,6 +28,7 @@ import math
 import multiprocessing
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -42,12 +43,12 @@ import torchvision
 from torch import Tensor, nn
 
 import data
-from common import (ABOVE_ZERO, FORMAT, IGNORE_INDEX, LABELS, PATIENCE, Damaged,
-                    Parser, UserError, autocast, backbones, build_model,
-                    check_option, join_processes, load_checkpoint, load_method,
-                    make_folder, method_options, methods, number, out_of_memory,
-                    peak_memory, progress, rank_and_world, save_checkpoint,
-                    segmentation_loss, shapes_only, show_errors, told_rank)
+from common import (ABOVE_ZERO, FORMAT, IGNORE_INDEX, LABELS, MISFITS, PATIENCE,
+                    Damaged, Parser, UserError, autocast, backbones, build_model,
+                    check_option, did_you_mean, join_processes, load_checkpoint,
+                    load_method, make_folder, method_options, methods, number,
+                    out_of_memory, peak_memory, progress, rank_and_world,
+                    save_checkpoint, segmentation_loss, show_errors, told_rank)
 from evaluate import Protocol, sample_sheet, score_dataset
 
 # --- Part 1. The lesson --------------------------------------------------------------
@@ -384,7 +385,17 @@ def papers_recipe(args) -> dict:
     if args.finetune_from:
         keys = [f"finetuned {key}" for key in keys] + keys
     recipes = getattr(load_method(args.method)[0], "RECIPES", {})
-    return next((recipes[key] for key in keys if key in recipes), {})
+    key = next((key for key in keys if key in recipes), None)
+    recipe = recipes.get(key, {})
+    for name, value in recipe.items():
+        if name not in RECIPE:
+            raise UserError(f"RECIPES[{key!r}] of {args.method}: no recipe has a "
+                            f"{name!r}{did_you_mean(name, RECIPE)}")
+        if not isinstance(value, tuple) or len(value) != 2:
+            raise UserError(f"RECIPES[{key!r}] of {args.method}: {name} must be a "
+                            f"value and its source, (0.01, 'paper, Sec. 4'), not "
+                            f"{value!r}")
+    return recipe
 
 
 def make_recipe(args) -> dict[str, tuple]:
@@ -468,10 +479,18 @@ def parse_options(spec: str, pairs: list[str]) -> dict:
         if not equals:
             raise UserError(f"--set {pair}: give KEY=VALUE")
         check_option(spec, key)
+        if key in options:
+            raise UserError(f"--set {pair}: {key} is given twice")
         try:
             value = ast.literal_eval(text)
+            json.dumps(value)  # a checkpoint and config.json will have to hold it
         except (ValueError, SyntaxError):
             value = text
+        except TypeError:
+            raise UserError(f"--set {pair}: give a number, a word, True, False, None, "
+                            f"or a tuple of them") from None
+        if type(known[key]) is float and type(value) is int:
+            value = float(value)
         if known[key] is not None and type(value) is not type(known[key]):
             raise UserError(f"--set {pair}: {key} is a {type(known[key]).__name__} "
                             f"(default {known[key]!r}), got {text!r}")
@@ -481,7 +500,8 @@ def parse_options(spec: str, pairs: list[str]) -> dict:
 
 def make_model(args, values: dict, num_classes: int, *, fresh: bool):
     """The model; encoder weights are read for a fresh run only, never on resume."""
-    options = parse_options(args.method, args.set)
+    asked = parse_options(args.method, args.set)
+    options = asked
     if "channels" in values:
         options = {"channels": values["channels"]} | options
     if not papers_recipe(args):
@@ -489,7 +509,7 @@ def make_model(args, values: dict, num_classes: int, *, fresh: bool):
     try:
         model = build_model(args.method, num_classes, backbone=values["backbone"],
                             weights=values["weights"] if fresh else "none", **options)
-    except (RuntimeError, ValueError, ZeroDivisionError) as error:
+    except MISFITS as error:
         if not args.set:  # then it is no mistake of the command line
             raise
         raise UserError(f"--set {' '.join(args.set)}: {args.method} cannot be built so "
@@ -497,10 +517,15 @@ def make_model(args, values: dict, num_classes: int, *, fresh: bool):
     if values["head_lr"] != 1.0 and not hasattr(model, "encoder"):
         raise UserError(f"--head-lr: {args.method} does not say which of its parts is "
                         f"the encoder, so all of it has one learning rate; drop it")
-    loaded = getattr(getattr(model, "encoder", None), "loaded", "its own weights")
+    loaded = next((part.loaded for part in model.modules() if hasattr(part, "loaded")),
+                  "its own weights")
     print(f"{args.method}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M "
           f"parameters, {values['backbone']}: "
           f"{loaded if fresh else 'weights of another checkpoint'}")
+    for name, value in load_method(args.method)[1].items():
+        if options.get(name, value) != value and name not in asked:
+            print(f"  {args.method} has {name}={value!r}, this recipe "
+                  f"{options[name]!r}: --set {name}={value} keeps it")
     # channels_last: convolutions read all channels of a pixel at once, and are faster.
     return model.to(memory_format=torch.channels_last), options
 
@@ -555,8 +580,8 @@ def tensors_of_classes(method: str, num_classes: int, backbone: str,
                        options: dict) -> set[str]:
     """Names of the tensors that would have another shape with one class more."""
     shapes, others = (
-        {name: tensor.shape for name, tensor in shapes_only(
-            method, K, (64, 64), backbone=backbone, **options)[0].state_dict().items()}
+        {name: tensor.shape for name, tensor in build_model(
+            method, K, backbone=backbone, **options).state_dict().items()}
         for K in (num_classes, num_classes % IGNORE_INDEX + 1))
     return {name for name in shapes if shapes[name] != others[name]}
 
@@ -663,6 +688,11 @@ def describe(run: Run, recipe: dict[str, tuple]) -> None:
           f"{torch.get_num_threads()} threads, {args.workers} workers, amp {args.amp}")
     for name, (value, source) in recipe.items():
         print(f"  {name:<13} {str(value):<14} ({source})")
+    asked = parse_options(args.method, args.set)
+    for name, value in run.meta["options"].items():
+        if name not in recipe:
+            source = "command line" if name in asked else "ours, from scratch"
+            print(f"  {name:<13} {str(value):<14} ({source})")
     share = batch // (run.world * args.accumulate)
     print(f"{batch} images per step ({recipe['batch'][1]}) = {run.world} processes x "
           f"{args.accumulate} parts x {share} images")
@@ -798,6 +828,8 @@ def add_option(group, name: str, option: Option) -> None:
             how |= {"choices": option.choices, "metavar": None}
         if isinstance(default, (tuple, list)):
             how["nargs"] = 2 if isinstance(default, tuple) else "+"
+        if isinstance(default, list):  # --set twice is one longer --set
+            how["action"] = "extend"
     group.add_argument("--" + name.replace("_", "-"), **how)
 
 
@@ -1144,7 +1176,8 @@ class Stopped(UserError):
     def __init__(self, number: int, run: Run):
         super().__init__(f"{signal.Signals(number).name}: saved after iteration "
                          f"{run.done} of {run.total}; go on with\n"
-                         f"  python train.py --resume {run.folder}", 128 + number)
+                         f"  python train.py --resume {shlex.quote(str(run.folder))}",
+                         128 + number)
 
 
 class Signals:

@@ -261,6 +261,27 @@ def test_folders_of_binary_masks_are_recognised_as_a_whole(tmp_path, check):
         data.check_some(data.open_dataset("folder", "val", root=str(root)))
 
 
+def test_a_split_without_a_valid_pixel_is_a_fault(tmp_path, check):
+    """train.py would refuse it."""
+    root = draw_tree(tmp_path, "folder")
+    for i in range(2):
+        save(root / "val" / "masks" / f"{i}.png", np.full((64, 96), 255, np.uint8))
+    code, _, err = check("folder", root)
+    assert code == 2 and "folder val: all pixels of 2 masks are ignored" in err
+
+
+def test_a_coloured_mask_may_have_an_opaque_alpha(tmp_path):
+    """RGBA as RGB, unless it is transparent somewhere: what is meant there?"""
+    colours = {(1, 2, 3): 0, (4, 5, 6): 1}
+    mask = np.uint8([[[1, 2, 3, 255], [4, 5, 6, 255]]])
+    save(tmp_path / "mask.png", mask)
+    assert data.read_mask(tmp_path / "mask.png", colours).tolist() == [[0, 1]]
+    mask[0, 0, 3] = 0
+    save(tmp_path / "mask.png", mask)
+    with pytest.raises(UserError, match="transparent somewhere: save it as RGB"):
+        data.read_mask(tmp_path / "mask.png", colours)
+
+
 def test_one_binary_mask_among_others_is_warned_of(tmp_path, check, capsys):
     """It may be right, one class and void, or a file from elsewhere: whose it is."""
     root = draw_tree(tmp_path, "folder", images=3)

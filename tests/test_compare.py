@@ -310,6 +310,14 @@ def test_an_option_that_acts_in_training_alone_is_one_that_matters(option):
     assert evaluate.used_options(checkpoint | {"method": "dupsampling:bilinear"}) == {}
 
 
+def test_an_option_that_another_one_needs_is_one_that_matters():
+    """At output stride 16 the ResNet has too few numbers for 1000 components."""
+    options = {"output_stride": 32, "components": 1000}
+    checkpoint = {"method": "dupsampling", "classes": ["a", "b"],
+                  "backbone": "resnet18", "options": options}
+    assert evaluate.used_options(checkpoint) == options
+
+
 def test_what_cannot_be_compared_is_refused(two, tmp_path, capsys):
     """Runs that have learned from other images, or read the answer."""
     state = common.load_checkpoint(two / "b")

@@ -190,6 +190,21 @@ def test_unfinished_and_damaged_runs_are_left_out(variation, trained, tmp_path, 
     assert "no finished run" in table(capsys, running, code=2)[1].err
 
 
+def test_explain_needs_one_cell_of_the_encoder(trained, tmp_path, capsys):
+    picture = save(tmp_path / "small.png", np.zeros((22, 64, 3), np.uint8))
+    with pytest.raises(SystemExit) as stop:
+        call_evaluate("explain", trained[0], picture, "--out", tmp_path / "out.png")
+    assert stop.value.code == 2 and "22 x 64 pixels" in capsys.readouterr().err
+
+
+def test_an_unknown_rule_of_counting_is_refused():
+    """It would be counted by another one, under its name."""
+    config = dict.fromkeys(evaluate.CONFIG, "") | {"method": "nrd"}
+    values = {"GMACs": {"rule": "mvcc", "why": "", "value": "1"}}
+    with pytest.raises(common.UserError, match="no rule 'mvcc'; there are plain"):
+        evaluate.cost_row(config, values, None)
+
+
 def test_explain_draws_the_figure_of_the_paper(trained, tmp_path):
     call_evaluate("explain", trained[0], "--index", 2, "--out", tmp_path / "e.png")
     assert Image.open(tmp_path / "e.png").size[0] > 1000

@@ -231,9 +231,10 @@ def test_a_made_up_checkpoint_is_refused(change, said, stopped, capsys):
 
 
 def test_options_that_make_no_network(tmp_path, capsys):
-    """--set channels=-1 has the right name and type; torch's own words say the rest."""
-    said = train_ends(capsys, 2, *TINY, "--set", "channels=-1", "--out", tmp_path).err
-    assert "--set channels=-1: nrd cannot be built so" in said
+    """A negative width has the right name and type; torch says the rest."""
+    said = train_ends(capsys, 2, *TINY, "--set", "hidden_channels=-1", "--out",
+                      tmp_path).err
+    assert "hidden_channels=-1: nrd cannot be built so" in said
 
 
 # --- Images and labels of others -----------------------------------------------------

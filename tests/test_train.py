@@ -378,6 +378,9 @@ MISTAKES = [
     ("--amp fp8", "--amp: invalid choice: 'fp8'"),
     ("--method nrdd", "unknown method 'nrdd' (did you mean 'nrd'?)"),
     ("--set hiden=3", "has no option 'hiden'"),
+    ("--set points=4 --set points=16", "points is given twice"),
+    ("--method sfnet --set aligned=3", "sfnet cannot be built so"),
+    ("--method sfnet --set aligned={3}", "give a number, a word"),
     ("--method deeplabv3plus --set codewords=8", "has no option 'codewords'"),
     ("--dataset moon", "unknown data set 'moon'"),
     ("--dataset camvid --data-root /nowhere", "no folder /nowhere"),
@@ -397,6 +400,19 @@ def test_mistakes_end_in_a_sentence_and_code_2(argv, sentence, tmp_path, monkeyp
     said = train_ends(capsys, 2, *PAIRS, *argv.split())
     assert said.err.startswith("error: ") and sentence in said.err, said.err
     assert "loss" not in said.out and not list(tmp_path.iterdir())
+
+
+def test_a_variant_is_not_overridden_in_silence(capsys):
+    """sfnet:pspnet is 512 wide; our recipes for streets make every network 128 wide."""
+    def said(*more):
+        args = train.parse(["--method", "sfnet:pspnet", *more])
+        values = {name: value for name, (value, _) in train.make_recipe(args).items()}
+        train.make_model(args, values, 3, fresh=True)
+        return capsys.readouterr().out
+    assert ("sfnet:pspnet has channels=512, this recipe 128: --set channels=512 keeps "
+            "it") in said()
+    assert "this recipe" not in said("--set", "channels=512")
+    assert "this recipe" not in said("--set", "channels=64"), "it was asked for"
 
 
 def test_illegal_label_stops_before_the_first_step(tmp_path, capsys):
