@@ -37,6 +37,7 @@ import re
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -1210,7 +1211,8 @@ def fingerprint(method: str, num_classes: int, backbone: str, options: dict) -> 
     images = torch.linspace(-2, 2, 2 * channels * 64 * 64).reshape(2, channels, 64, 64)
     learned = torch.tensor([weight.requires_grad for weight in model.parameters()])
     tensors = [learned, *(x.clone() for x in model.state_dict().values())]
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that nothing was fitted to labels
         for buffer in model.buffers():
             if buffer.is_floating_point():
                 buffer += 0.01

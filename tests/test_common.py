@@ -52,7 +52,7 @@ def test_a_backbone_that_is_none():
     for wrong, meant in (("resnet51", "resnet50"), ("xception56", "xception65")):
         with pytest.raises(UserError, match=f"did you mean '{meant}'"):
             common.make_encoder(wrong, 3)
-    with pytest.raises(UserError, match="no ImageNet weights for df2"):
+    with pytest.raises(UserError, match="ImageNet weights of df2 are not at hand"):
         common.make_encoder("df2", 3, weights="imagenet")
     with pytest.raises(UserError, match="output_stride 4"):
         common.make_encoder("df2", 3, output_stride=4)
