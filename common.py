@@ -63,6 +63,12 @@ class UserError(Exception):
 MISFITS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
            ValueError)
 
+
+def first_line(error: BaseException) -> str:
+    """Of its message; of one without, its kind."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 # --- Building blocks -----------------------------------------------------------------
 
 
@@ -1039,7 +1045,7 @@ def shapes_only(spec: str, num_classes: int, size: tuple[int, int], *,
             model = build_model(spec, num_classes, backbone=backbone, **options).eval()
         except MISFITS as error:
             raise UserError(f"{spec} cannot be built on torch's meta device "
-                            f"({str(error).splitlines()[0]}); see build_model in "
+                            f"({first_line(error)}); see build_model in "
                             f"common.py") from error
         return model, torch.empty(1, input_channels(model), *size)
 
@@ -1096,9 +1102,8 @@ def load_file(path: Path) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
-        said = str(error).splitlines()[0] if str(error) else type(error)
-        raise Damaged(f"{path} is damaged, or not a file of torch.save ({said})"
-                      ) from None
+        raise Damaged(f"{path} is damaged, or not a file of torch.save "
+                      f"({first_line(error)})") from None
     if not isinstance(content, dict):
         raise Damaged(f"{path} holds a {type(content).__name__}, expected a dict")
     return content
@@ -1178,7 +1183,7 @@ def save_checkpoint(state: dict, path: Path, *, keep: Path | None = None) -> Non
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise UserError(
-            f"cannot write {path} ({str(error).splitlines()[0]}); "
+            f"cannot write {path} ({first_line(error)}); "
             f"{free_on_disk(path) / 1e9:.2f} GB are free; the older checkpoint is "
             f"untouched", code=4) from None
     with suppress(OSError):  # Windows and some network drives cannot
@@ -1238,8 +1243,7 @@ def usable(device: str) -> str:
     try:
         torch.zeros(1, device=device).sum().item()
     except (RuntimeError, AssertionError) as error:  # the latter: torch without CUDA
-        said = str(error).splitlines()[0]
-        raise UserError(f"--device {device}: {said:.200}") from None
+        raise UserError(f"--device {device}: {first_line(error):.200}") from None
     if ":" in device and device.startswith("cuda"):
         torch.cuda.set_device(device)  # else NCCL and the loader take the first GPU
     return device
@@ -1262,7 +1266,7 @@ def join_processes(device: str) -> str:
     except (RuntimeError, ValueError, KeyError) as error:  # the last: not set
         raise UserError(
             f"the processes of this run did not meet ({told}: "
-            f"{str(error).splitlines()[0]:.200}); did torchrun start them all, and is "
+            f"{first_line(error):.200}); did torchrun start them all, and is "
             f"the port free? For one process alone, unset WORLD_SIZE", code=1) from None
     return device
 

@@ -55,11 +55,11 @@ from torchvision.transforms.v2.functional import resize
 import data
 from common import (ABOVE_ZERO, IGNORE_INDEX, LABELS, MISFITS, ConfusionMatrix,
                     Damaged, Parser, UserError, autocast, backbones, build_model,
-                    checkpoint_file, class_patches, count_cost, ious, join_processes,
-                    label_colours, load_checkpoint, load_method, make_folder, methods,
-                    number, out_of_memory, peak_memory, progress, published,
-                    rank_and_world, restore, rows_at, segmentation_loss, shapes_only,
-                    show_errors, usable)
+                    checkpoint_file, class_patches, count_cost, first_line, ious,
+                    join_processes, label_colours, load_checkpoint, load_method,
+                    make_folder, methods, number, out_of_memory, peak_memory, progress,
+                    published, rank_and_world, restore, rows_at, segmentation_loss,
+                    shapes_only, show_errors, usable)
 
 # --- An image becomes class ids ------------------------------------------------------
 
@@ -988,9 +988,9 @@ def command_export(args) -> None:
     except (OSError, UserError):
         raise
     except Exception as error:  # torch and onnx have kinds of their own for each step
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{checkpoint['method']} could not be exported ({said:.300}); "
-                        f"nothing was kept, --debug shows more", code=1) from error
+        raise UserError(f"{checkpoint['method']} could not be exported "
+                        f"({first_line(error):.300}); nothing was kept, --debug shows "
+                        f"more", code=1) from error
     finally:
         temporary.unlink(missing_ok=True)
     sizes = ", ".join("{}x{}x{}".format(*size) for size in CHECKED)
@@ -1016,9 +1016,8 @@ def load_exported(path: str, device="cpu"):
         normalise = data.normaliser(about["mean"], about["std"])
         program = torch.export.load(path)
     except Exception as error:  # of a damaged file, torch raises a dozen kinds
-        said = (str(error).splitlines() or [type(error).__name__])[0]
         raise Damaged(f"{path} is damaged, or not a file of evaluate.py export "
-                      f"({said:.200})") from None
+                      f"({first_line(error):.200})") from None
     if torch.device(device).type != "cpu":
         program = torch.export.passes.move_to_device_pass(program, device)
     return about, Exported(program.module(), len(about["classes"])), normalise

@@ -45,10 +45,11 @@ from torch import Tensor, nn
 import data
 from common import (ABOVE_ZERO, FORMAT, IGNORE_INDEX, LABELS, MISFITS, PATIENCE,
                     Damaged, Parser, UserError, autocast, backbones, build_model,
-                    check_option, did_you_mean, join_processes, load_checkpoint,
-                    load_method, make_folder, method_options, methods, number,
-                    out_of_memory, peak_memory, progress, rank_and_world,
-                    save_checkpoint, segmentation_loss, show_errors, told_rank)
+                    check_option, did_you_mean, first_line, join_processes,
+                    load_checkpoint, load_method, make_folder, method_options,
+                    methods, number, out_of_memory, peak_memory, progress,
+                    rank_and_world, save_checkpoint, segmentation_loss, show_errors,
+                    told_rank)
 from evaluate import Protocol, sample_sheet, score_dataset
 
 # --- Part 1. The lesson --------------------------------------------------------------
@@ -513,7 +514,7 @@ def make_model(args, values: dict, num_classes: int, *, fresh: bool):
         if not args.set:  # then it is no mistake of the command line
             raise
         raise UserError(f"--set {' '.join(args.set)}: {args.method} cannot be built so "
-                        f"({str(error).splitlines()[0]})") from error
+                        f"({first_line(error)})") from error
     if values["head_lr"] != 1.0 and not hasattr(model, "encoder"):
         raise UserError(f"--head-lr: {args.method} does not say which of its parts is "
                         f"the encoder, so all of it has one learning rate; drop it")
@@ -747,7 +748,7 @@ def environment(device: torch.device, args) -> dict:
 def source_version() -> str:
     """The git commit of this library and a hash of its source, which may differ."""
     here = Path(__file__).parent
-    files = [*sorted(here.glob("*.py")), here / "results/classes.csv"]
+    files = [*sorted(here.glob("*.py")), *here.glob("results/classes.csv")]
     source = b"".join(path.read_bytes() for path in files)
     try:
         commit = subprocess.run(["git", "-C", here, "rev-parse", "--short", "HEAD"],
@@ -1226,7 +1227,7 @@ def kept_alive(run: Run):
             advice = machine_fault(error, run)
             if not advice:
                 raise
-            said = str(error).splitlines()[0][:200] if str(error) else "no memory"
+            said = first_line(error)[:200]
             raise UserError(f"{advice} ({said}). {run.folder}/last.pt is whole: "
                             f"--resume {run.folder}", code=1) from error
 
