@@ -1726,13 +1726,16 @@ def where_they_differ(labels: Tensor, guesses: list[Tensor]) -> tuple[int, ...]:
 def draw_numbers(forest, cost, table: list[dict]) -> None:
     """Left the differences to the first method with their intervals, right the cost."""
     names = [row["method"] for row in table]
+    scores = [row["miou"] for row in table]
+    close = 0.05 * (max(scores) - min(scores))  # their names would overlap
     for y, row in enumerate(table):
         ends = [100 * row["difference low"], 100 * row["difference high"]]
         forest.plot(ends, [y, y], color="0.5", lw=3)
         forest.plot(100 * row["difference"], y, "o", color="black")
         cost.plot(row["gmacs"], row["miou"], "o", color="black")
+        below = any(abs(row["miou"] - score) < close for score in scores[:y])
         cost.annotate(row["method"], (row["gmacs"], row["miou"]), fontsize=8,
-                      xytext=(4, 4), textcoords="offset points")
+                      xytext=(4, -11 if below else 4), textcoords="offset points")
     forest.axvline(0, color="0.7", lw=1)
     forest.set_yticks(range(len(names)), names, fontsize=8)
     forest.invert_yaxis()

@@ -379,10 +379,28 @@ def test_unet_without_auxiliary_losses_is_that_of_the_table():
     assert said in " ".join(RESULTS.split())
 
 
+def test_sfnet_without_auxiliary_losses_is_that_of_the_table():
+    whole, alone, deeplab = compared("sfnet-aux")
+    said = (f"two seeds come to {alone['miou']:.4f}, and with them to "
+            f"{whole['miou']:.4f} (`compare-sfnet-aux.csv`; beyond it "
+            f"{alone['difference']:+.4f}, 95 % interval over images "
+            f"{between(alone, 'difference')}, where two seeds would have to be 0.0067 "
+            f"apart), while DeepLabv3+ has {deeplab['miou']:.4f} with its own")
+    assert said in " ".join(RESULTS.split())
+    assert "differ by 0.0067 or more" in evaluate.in_words(alone, whole)
+
+
 def test_six_on_camvid_are_those_of_the_table():
+    """Their rows, and what the text says of images and of seeds."""
     at_boundary = "difference within 3 px"
+    bilinear, *others = compared("camvid")
+    said = {row["method"]: evaluate.in_words(row, bilinear) for row in others}
+    for method in ("nrd", "deeplabv3plus", "dupsampling"):
+        assert "other trainings" not in said[method], "seeds tell it apart"
+    for method in ("efficientfcn", "sfnet"):
+        assert "not told apart" in said[method]
     for row in compared("camvid"):
-        cells = (f"`{row['method']}`", f"{row['miou']:.4f}",
+        cells = (f"`{row['method']}`", f"{row['miou']:.4f}", f"{row['seeds']:.4f}",
                  f"{row['difference']:+.4f}", between(row, "difference"),
                  f"{row['images won']:.0f}, {row['images lost']:.0f}",
                  f"{row[at_boundary]:+.4f}", between(row, at_boundary),
