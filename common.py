@@ -65,7 +65,7 @@ MISFITS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError
 
 
 def first_line(error: BaseException) -> str:
-    """Of its message; of one without, its kind."""
+    """The first line of an error's message; of one without a message, its kind."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -787,14 +787,14 @@ def build_model(spec: str, num_classes: int, *, backbone="resnet50", weights="no
 
     `cost` and `table` build on torch's meta device, where no tensor has a number: no
     .item(). In `export` H and W may be symbols: (H + 3) // 4, not math.ceil(H / 4).
-    Whether a model keeps it is tried at once, with one small image.
+    Whether a model keeps the contract is tried at once, with one small image.
     """
     if not 1 <= num_classes <= IGNORE_INDEX:
         raise UserError(f"num_classes={num_classes}: class ids are bytes and "
                         f"{IGNORE_INDEX} is no class, so 1 to {IGNORE_INDEX}")
     if in_channels not in range(1, 2**16):
         raise UserError(f"in_channels={in_channels!r}: must be a number above 0")
-    method_options(spec)  # whose names must be right, too
+    method_options(spec)  # an error if VARIANTS names an option that build lacks
     for key in options:
         check_option(spec, key)
     module, variant = load_method(spec)
@@ -1044,7 +1044,7 @@ def shapes_only(spec: str, num_classes: int, size: tuple[int, int], *,
         try:
             model = build_model(spec, num_classes, backbone=backbone, **options).eval()
         except MISFITS as error:
-            raise UserError(f"{spec} cannot be built on torch's meta device "
+            raise UserError(f"{spec} cannot be built, on torch's meta device "
                             f"({first_line(error)}); see build_model in "
                             f"common.py") from error
         return model, torch.empty(1, input_channels(model), *size)

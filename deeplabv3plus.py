@@ -407,7 +407,7 @@ ENCODERS = {name: partial(Xception, name) for name in ENTRY}  # for every method
 
 
 class DeepLabv3PlusDecoder(nn.Module):
-    """Secs. 3.1, 4.1: context up to 1/4, beside 48 low-level channels, then two 3x3.
+    """Secs. 3.1, 4.1: context at 1/4, beside 48 low-level channels; 3x3, 3x3, classes.
 
     The low-level features of a ResNet-50 have 256 channels, as many as the context. If
     all of them were concatenated they could outweigh the context, which knows more,

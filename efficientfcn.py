@@ -117,7 +117,9 @@ GMACs and parameters are those of ResNet-101 with 60 classes at 512x512 pixels.
                1/16, because Table 1 seems to count them (0.06 M parameters and 0.04
                GMACs, which our GMACs are without). Their widths were found by a search,
                too. `aux=False` leaves the heads out.
-        Effect: The U-Nets' costs are met and prove nothing. On scores: not measured.
+        Effect: The U-Nets' costs are met and prove nothing. On streets
+               `unet-bilinear` has an mIoU of 0.5472 with the heads, in bf16, and of
+               0.5488 without them, in float32 (results/README.md).
     N11 Stem and shortcuts of the encoder.
         Paper: "the original ResNet" (Sec. 4.1).
         Code:  Three 3x3 convolutions (32, 32, 64) as stem, and shortcuts that average

@@ -1202,7 +1202,8 @@ def fingerprint(method: str, num_classes: int, backbone: str, options: dict) -> 
     """Equal for two networks that start with, say, and learn the same.
 
     All buffers are moved a little before they speak, because some are zero until
-    training fills them. Some options act in training alone, as a share of dropout.
+    training fills them. Some options act in training alone, as a share of dropout does:
+    so it speaks once in training, too.
     """
     torch.manual_seed(0)
     model = build_model(method, num_classes, backbone=backbone, **options).eval()

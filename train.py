@@ -235,7 +235,8 @@ def refresh_batch_norm(run: Run) -> None:
     Of several processes, all do the same work here.
     """
     picked = statistics_images(run.args, run.values, len(run.train_set))
-    batch = run.values["batch"] // run.args.accumulate  # what fits into memory
+    # --accumulate was asked for because more images at once do not fit into memory.
+    batch = run.values["batch"] // run.args.accumulate
     loader = data.whole_loader(run.train_set, picked, batch, workers=run.args.workers,
                                upper_bound=run.upper_bound)
     with autocast(run.device, run.args.amp):
@@ -248,7 +249,8 @@ def refresh_batch_norm(run: Run) -> None:
 def statistics_images(args, values: dict, images: int) -> list[int]:
     """Indices of the training images that give batch norm its statistics.
 
-    Always the same of a run. Seeds torch, for dropout is on while they are seen.
+    The same ones at every evaluation of a run. It seeds torch as well, because dropout
+    draws random numbers while these images go through the network.
     """
     torch.manual_seed(args.seed)
     return torch.randperm(images)[:values["bn_images"]].tolist()
@@ -579,7 +581,10 @@ def finetune_from(args, model: nn.Module, backbone: str, options: dict,
 
 def tensors_of_classes(method: str, num_classes: int, backbone: str,
                        options: dict) -> set[str]:
-    """Names of the tensors that would have another shape with one class more."""
+    """Names of the tensors that would have another shape with one class more.
+
+    Or with one class, if there are as many as there can be.
+    """
     shapes, others = (
         {name: tensor.shape for name, tensor in build_model(
             method, K, backbone=backbone, **options).state_dict().items()}

@@ -390,10 +390,34 @@ def test_sfnet_without_auxiliary_losses_is_that_of_the_table():
     assert "differ by 0.0067 or more" in evaluate.in_words(alone, whole)
 
 
+def test_nrd_without_its_auxiliary_loss_is_that_of_the_table():
+    hgd, nrd = compared("nrd-aux")
+    said = (f"two seeds come to {nrd['miou']:.4f} (`compare-nrd-aux.csv`), ahead of "
+            f"EfficientFCN, which has none, by {nrd['difference']:+.4f}, 95 % interval "
+            f"over images {between(nrd, 'difference')},")
+    assert said in " ".join(RESULTS.split())
+    assert nrd["difference"] > asked_by_seeds(nrd, hgd)
+
+
+def asked_by_seeds(row, other):
+    """Student's t of two seeds each: how far apart the means must be."""
+    error = (row["seeds"] ** 2 / 2 + other["seeds"] ** 2 / 2) ** 0.5
+    return evaluate.STUDENT[2] * error
+
+
 def test_six_on_camvid_are_those_of_the_table():
     """Their rows, and what the text says of images and of seeds."""
     at_boundary = "difference within 3 px"
     bilinear, *others = compared("camvid")
+    nrd, hgd, deeplab, dupsampling, sfnet = others
+    asked = [f"{100 * asked_by_seeds(row, bilinear):.1f}"
+             for row in (nrd, deeplab, dupsampling)]
+    text = " ".join(RESULTS.split())
+    assert f"asks {asked[0]}, {asked[1]} and {asked[2]} points" in text
+    apart = [f"{100 * row['seeds'] * 2 ** 0.5:.1f}" for row in (hgd, sfnet)]
+    assert f"two seeds are {apart[0]} and {apart[1]} points apart" in text
+    assert (f"({100 * (deeplab['miou'] - nrd['miou']):.1f} points apart, where two "
+            f"seeds would take {100 * asked_by_seeds(deeplab, nrd):.1f})") in text
     said = {row["method"]: evaluate.in_words(row, bilinear) for row in others}
     for method in ("nrd", "deeplabv3plus", "dupsampling"):
         assert "other trainings" not in said[method], "seeds tell it apart"

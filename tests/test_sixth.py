@@ -170,20 +170,24 @@ def test_a_half_written_method_is_told_what_it_lacks(library, capsys):
     (library / "drift.py").unlink()
 
 
-def changed(library, *replacements):
+@pytest.fixture
+def changed(library):
     """The sixth method as another file, `seventh`, with lines of a beginner."""
-    text = FILE.read_text()
-    for old, new in replacements:
-        assert text.count(old) == 1
-        text = text.replace(old, new)
-    (library / "seventh.py").write_text(text)
-    sys.modules.pop("seventh", None)
+    def write(*replacements):
+        text = FILE.read_text()
+        for old, new in replacements:
+            assert text.count(old) == 1
+            text = text.replace(old, new)
+        (library / "seventh.py").write_text(text)
+        sys.modules.pop("seventh", None)
+    yield write
+    (library / "seventh.py").unlink()
 
 
-def test_an_option_that_acts_in_training_alone_tells_runs_apart(library):
+def test_an_option_that_acts_in_training_alone_tells_runs_apart(changed):
     """`table` would take two shares of dropout for two seeds of one network."""
-    changed(library, ("self.trunk(images), 0", "self.trunk(F.dropout(\n            "
-                      "images, self.dropout, self.training)), 0"),
+    changed(("self.trunk(images), 0", "self.trunk(F.dropout(\n            "
+             "images, self.dropout, self.training)), 0"),
             ('"res5")) -> nn.Module:', '"res5"), dropout=0.1) -> nn.Module:'),
             ("return Sixth(trunk, stages, num_classes)",
              "model = Sixth(trunk, stages, num_classes)\n"
@@ -194,33 +198,32 @@ def test_an_option_that_acts_in_training_alone_tells_runs_apart(library):
         assert evaluate.used_options(checkpoint) == used
 
 
-def test_a_misspelt_name_in_a_methods_file_is_said(library):
+def test_a_misspelt_name_in_a_methods_file_is_said(changed):
     """In VARIANTS and in RECIPES, where it would be printed and not be used."""
-    changed(library, ('{"stages": ("res5",)}', '{"stage": ("res5",)}'))
+    changed(('{"stages": ("res5",)}', '{"stage": ("res5",)}'))
     with pytest.raises(common.UserError, match="no option 'stage' .did you mean"):
         common.build_model("seventh:coarse", 5)
     for recipe, said in (('"learning_rate": (0.01, "paper")', "has a 'learning_rate'"),
                          ('"lr": 0.01', "lr must be a value and its source")):
-        changed(library, ("\n\nclass Sixth", f"RECIPES = {{'streets': {{{recipe}}}}}"
-                          f"\n\n\nclass Sixth"))
+        changed(("\n\nclass Sixth",
+                 f"RECIPES = {{'streets': {{{recipe}}}}}\n\n\nclass Sixth"))
         with pytest.raises(common.UserError, match=said):
             train.make_recipe(train.parse(["--method", "seventh"]))
 
 
-def test_where_a_method_is_tried_is_said(library):
+def test_where_a_method_is_tried_is_said(changed):
     """On the meta device no tensor has a number; an odd size is tried at once."""
-    changed(library, ("    trunk = make_encoder",
-                      "    torch.ones(1).item()\n    trunk = make_encoder"),
+    changed(("    trunk = make_encoder",
+             "    torch.ones(1).item()\n    trunk = make_encoder"),
             ("import torch.nn", "import torch\nimport torch.nn"))
     common.build_model("seventh", 5, backbone="resnet18")
-    with pytest.raises(common.UserError, match="cannot be built on torch's meta dev"):
+    with pytest.raises(common.UserError, match="cannot be built, on torch's meta dev"):
         common.shapes_only("seventh", 5, (64, 64), backbone="resnet18")
-    changed(library, ('F.interpolate(logits, (H, W), mode="bilinear")',
-                      'F.interpolate(logits, scale_factor=4)'))
+    changed(('F.interpolate(logits, (H, W), mode="bilinear")',
+             'F.interpolate(logits, scale_factor=4)'))
     with pytest.raises(RuntimeError) as error:
         common.build_model("seventh", 5, backbone="resnet18")
     assert "trial image of 33x65" in error.value.__notes__[0]
-    (library / "seventh.py").unlink()
 
 
 def test_it_can_read_labels_in_the_place_of_images():

@@ -1,6 +1,7 @@
 """Training from the command line: recipes, steps, what a run leaves, mistakes."""
 import json
 import os
+import re
 import signal
 
 import numpy as np
@@ -70,7 +71,10 @@ def test_bn_images_are_seen_whole_by_batch_norm(tmp_path, capsys):
     Five images are two full batches of two and a rest, and what is left out is said.
     """
     launch(*PAIRS, "--iterations", 2, "--bn-images", 5, "--out", tmp_path)
-    assert "are of 4 images: full batches of 2, of 5" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "are of 4 images: full batches of 2, of 5" in said
+    assert re.search(r"^  init +mlp +\(ours, from scratch\)$", said, re.M), (
+        "an option that FROM_SCRATCH sets is printed with the recipe")
     checkpoint = load_checkpoint(tmp_path)
     model, streets = restore(checkpoint), data.open_dataset("streets", "train")
     torch.manual_seed(0)  # the run's seed
