@@ -748,6 +748,17 @@ def check_option(spec: str, key: str) -> None:
                         f"has: {', '.join(f'{k}={v!r}' for k, v in known.items())}")
 
 
+def check_count(key: str, value, default) -> None:
+    """A sentence about a number of channels, or of anything, which is below one.
+
+    torch builds a layer of zero channels without a word. What is 0 by default may be 0.
+    """
+    if type(value) is int and (default is None or type(default) is int):
+        least = 1 if default is None else min(default, 1)
+        if value < least:
+            raise UserError(f"{key}={value}: must be at least {least}")
+
+
 def build_model(spec: str, num_classes: int, *, backbone="resnet50", weights="none",
                 in_channels=3, **options) -> nn.Module:
     """Build 'module:variant'. `options` go on top of the variant's own.
@@ -795,9 +806,10 @@ def build_model(spec: str, num_classes: int, *, backbone="resnet50", weights="no
     if in_channels not in range(1, 2**16):
         raise UserError(f"in_channels={in_channels!r}: must be a number above 0")
     method_options(spec)  # an error if VARIANTS names an option that build lacks
-    for key in options:
-        check_option(spec, key)
     module, variant = load_method(spec)
+    for key, value in options.items():
+        check_option(spec, key)
+        check_count(key, value, inspect.signature(module.build).parameters[key].default)
     model = module.build(num_classes, backbone=backbone, weights=weights,
                          **(variant | options))
     model.num_classes = num_classes

@@ -832,7 +832,7 @@ def build(num_classes: int, *, backbone="resnet18", weights="none", decoder="fpn
     encoder = make_encoder(backbone, num_classes, weights=weights,
                            output_stride=output_stride, ceil_mode=ceil_mode)
     thin = backbone.startswith(("resnet18", "shufflenet", "df"))
-    D = channels or (128 if thin else 256)
+    D = channels if channels is not None else 128 if thin else 256
     fam = partial(FAM, D, kernel=kernel, upsampling=upsampling, flow_unit=flow_unit)
     aligners = {"fam": fam, "correlation": partial(fam, reach=4),
                 "dcn": partial(Deformable, D)}

@@ -231,10 +231,10 @@ def test_a_made_up_checkpoint_is_refused(change, said, stopped, capsys):
 
 
 def test_options_that_make_no_network(tmp_path, capsys):
-    """A negative width has the right name and type; torch says the rest."""
+    """A negative width has the right name and type, and is refused all the same."""
     said = train_ends(capsys, 2, *TINY, "--set", "hidden_channels=-1", "--out",
                       tmp_path).err
-    assert "hidden_channels=-1: nrd cannot be built so" in said
+    assert "hidden_channels=-1: must be at least 1" in said
 
 
 # --- Images and labels of others -----------------------------------------------------
