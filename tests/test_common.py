@@ -393,9 +393,10 @@ def test_wrong_names_are_told_with_the_right_ones():
             common.build_model("nrd", wrong)
 
 
-@pytest.mark.parametrize("spec, key", [("nrd", "hidden_channels"), ("sfnet", "channels")])
+@pytest.mark.parametrize("spec, key", [("nrd", "hidden_channels"),
+                                       ("sfnet", "channels")])
 def test_no_layer_has_zero_channels(spec, key):
-    """torch builds one without a word, and it trains; a width of None is checked, too."""
+    """torch builds one without a word; an option that is None otherwise counts, too."""
     for wrong in (0, -1):
         with pytest.raises(UserError, match=f"{key}={wrong}: must be at least 1"):
             common.build_model(spec, 5, **{key: wrong})

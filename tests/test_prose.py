@@ -1,6 +1,7 @@
 """The prose is executed: shape comments, paper -> code maps, notes, README."""
 import csv
 import importlib.util
+import itertools
 import re
 import shlex
 import statistics
@@ -370,33 +371,36 @@ def test_twice_the_steps_are_those_of_the_table():
     assert said in " ".join(RESULTS.split())
 
 
-def test_unet_without_auxiliary_losses_is_that_of_the_table():
-    hgd, unet = compared("unet")
-    said = (f"U-Net come to {unet['miou']:.4f} and two of EfficientFCN to "
-            f"{hgd['miou']:.4f} (`compare-unet.csv`), each of the one ahead of each of "
-            f"the other, by {unet['difference']:+.4f} in the mean, 95 % interval over "
-            f"images {between(unet, 'difference')};")
+def test_networks_without_auxiliary_losses_are_those_of_the_table():
+    """A row of each, and which two neighbours two seeds of each tell apart."""
+    rows = sorted(compared("alone"), key=lambda row: -row["miou"])
+    for row in rows:
+        assert f"| {over_seeds(row)} |" in RESULTS, row["method"]
+    apart = {(one["method"], other["method"])
+             for one, other in itertools.combinations(rows, 2)
+             if one["miou"] - other["miou"] > asked_by_seeds(one, other)}
+    unet = "efficientfcn:unet-bilinear"
+    assert {("sfnet", "deeplabv3plus"), ("deeplabv3plus", "nrd"),
+            ("nrd", "efficientfcn")} <= apart
+    assert not {("nrd", unet), (unet, "efficientfcn")} & apart
+    with open(ROOT / "results/streets.csv", newline="") as file:
+        usual = {row["method"].split()[0]: float(row["mIoU"].split()[0])
+                 for row in csv.DictReader(file) if "official" not in row["method"]}
+    names = [row["method"] for row in rows]
+    assert names == sorted(names, key=lambda name: -usual[name]), "another order"
+
+
+def test_what_auxiliary_losses_bring_is_from_their_tables():
+    whole, alone = compared("sfnet-aux")
+    said = (f"SFNet comes to {whole['miou']:.4f} with its three "
+            f"(`compare-sfnet-aux.csv`; without them {alone['difference']:+.4f}, "
+            f"95 % interval over images {between(alone, 'difference')}, where two "
+            f"seeds would have to be {asked_by_seeds(whole, alone):.4f} apart), ")
+    whole, alone = compared("deeplab-aux")
+    said += (f"DeepLabv3+ to {whole['miou']:.4f} with its one "
+             f"(`compare-deeplab-aux.csv`; {alone['difference']:+.4f}, "
+             f"{between(alone, 'difference')}).")
     assert said in " ".join(RESULTS.split())
-
-
-def test_sfnet_without_auxiliary_losses_is_that_of_the_table():
-    whole, alone, deeplab = compared("sfnet-aux")
-    said = (f"two seeds come to {alone['miou']:.4f}, and with them to "
-            f"{whole['miou']:.4f} (`compare-sfnet-aux.csv`; beyond it "
-            f"{alone['difference']:+.4f}, 95 % interval over images "
-            f"{between(alone, 'difference')}, where two seeds would have to be 0.0067 "
-            f"apart), while DeepLabv3+ has {deeplab['miou']:.4f} with its own")
-    assert said in " ".join(RESULTS.split())
-    assert "differ by 0.0067 or more" in evaluate.in_words(alone, whole)
-
-
-def test_nrd_without_its_auxiliary_loss_is_that_of_the_table():
-    hgd, nrd = compared("nrd-aux")
-    said = (f"two seeds come to {nrd['miou']:.4f} (`compare-nrd-aux.csv`), ahead of "
-            f"EfficientFCN, which has none, by {nrd['difference']:+.4f}, 95 % interval "
-            f"over images {between(nrd, 'difference')},")
-    assert said in " ".join(RESULTS.split())
-    assert nrd["difference"] > asked_by_seeds(nrd, hgd)
 
 
 def asked_by_seeds(row, other):
