@@ -178,7 +178,8 @@ def test_readme_commands_are_understood(command):
     """Every command in README and results/ is accepted by the program it calls."""
     if "sixth" in command or "smp" in command:
         return  # files that are not there yet: test_sixth, test_speed run these
-    for name, value in (("DIR", "some-folder"), ("$m", "nrd"), ("$seed", "0")):
+    for name, value in (("DIR", "some-folder"), ("$m", "nrd"), ("$seed", "0"),
+                        ("$lr", "0.1")):
         command = command.replace(name, value)
     words = shlex.split(command)[1:]
     if command.startswith("torchrun"):  # its own options come first
@@ -345,6 +346,29 @@ def test_what_a_decoder_needs_is_from_its_table(paper):
     """A row for each claim of the paper, beside the whole decoder."""
     for row in compared(paper):
         assert f": {over_seeds(row)} |" in RESULTS, row["method"]
+
+
+def test_learning_rates_are_those_of_the_table():
+    """Three of each method; all but DUpsampling are content with that of our recipe."""
+    rates, rows = ("0.01", "0.03", "0.09"), {}
+    with open(ROOT / "results/learning-rates.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            method, *_, rate = row["method"].split()
+            rows.setdefault(method, {})[rate.removeprefix("lr=")] = row["mIoU"]
+    for method, cell in rows.items():
+        assert f"| `{method}` | {' | '.join(cell[rate] for rate in rates)} |" in RESULTS
+    asks = [method for method, cell in rows.items()
+            if max(map(float, cell.values())) - float(cell["0.03"]) > 0.0045]
+    assert len(rows) == 6 and asks == ["dupsampling"]
+    bilinear, usual, fast = compared("learning-rate")
+    asked = asked_by_seeds(fast, bilinear)
+    said = (f"{fast['miou']:.4f} ± {fast['seeds']:.4f}, where two with 0.03 come to "
+            f"{usual['miou']:.4f} ± {usual['seeds']:.4f} "
+            f"(`compare-learning-rate.csv`): no more than seeds do. It stays behind "
+            f"bilinear by {fast['difference']:+.4f}, 95 % interval over images "
+            f"{between(fast, 'difference')}, but not by the {asked:.4f} that")
+    assert said in " ".join(RESULTS.split())
+    assert fast["miou"] - usual["miou"] < asked_by_seeds(fast, usual)
 
 
 def test_upper_bounds_are_those_of_the_tables():
