@@ -832,7 +832,8 @@ def build(num_classes: int, *, backbone="resnet18", weights="none", decoder="fpn
     encoder = make_encoder(backbone, num_classes, weights=weights,
                            output_stride=output_stride, ceil_mode=ceil_mode)
     thin = backbone.startswith(("resnet18", "shufflenet", "df"))
-    D = channels if channels is not None else 128 if thin else 256
+    usual = 128 if thin else 256
+    D = usual if channels is None else channels
     fam = partial(FAM, D, kernel=kernel, upsampling=upsampling, flow_unit=flow_unit)
     aligners = {"fam": fam, "correlation": partial(fam, reach=4),
                 "dcn": partial(Deformable, D)}
