@@ -749,9 +749,10 @@ def check_option(spec: str, key: str) -> None:
 
 
 def check_count(key: str, value, default) -> None:
-    """A sentence about a number of channels, or of anything, which is below one.
+    """UserError if an option that counts something, as channels, is below one.
 
-    torch builds a layer of zero channels without a word. What is 0 by default may be 0.
+    torch builds a layer of zero channels without a word. An option counts if its
+    default is a whole number, or None; if that is 0 or less, it may be as low.
     """
     if type(value) is int and (default is None or type(default) is int):
         least = 1 if default is None else min(default, 1)
