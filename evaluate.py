@@ -36,6 +36,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 import time
 import warnings
 import zipfile
@@ -1378,8 +1379,9 @@ def bootstrap(counts: Tensor, *, block=1, draws=DRAWS) -> Tensor:
 
     For each draw, as many images as there are are drawn with replacement, the same ones
     for every run, and their matrices are added up. So the difference of two runs in one
-    draw is that on equal images, and over equal classes: one that no drawn image has is
-    left out for all, though a run may have found it there.
+    draw is that on equal images, and over equal classes: one that some image has, but
+    no drawn one, is left out for all, though a run may have found it there. One that no
+    image has counts as in the mIoU of all: 0 for the runs that have found it.
 
     Images that are drawn one by one are taken for independent. Neighbouring frames of a
     video are not: they say nearly the same twice, and the interval comes out too
@@ -1393,11 +1395,12 @@ def bootstrap(counts: Tensor, *, block=1, draws=DRAWS) -> Tensor:
     times = torch.zeros(draws, N).scatter_add_(1, picked, torch.ones(draws, N))
     flat = counts.reshape(R, N, K * K).float()
     summed = (torch.cat([part @ run for part in times.split(100)]) for run in flat)
+    there = counts.sum((0, 1, 3)) > 0  # (K,)
     scores = []
     for run in summed:
         matrices = run.reshape(draws, K, K)
-        absent = matrices.sum(-1) == 0  # (draws, K)
-        scores.append(ious(matrices).masked_fill(absent, math.nan).nanmean(-1))
+        missed = there & (matrices.sum(-1) == 0)  # (draws, K)
+        scores.append(ious(matrices).masked_fill(missed, math.nan).nanmean(-1))
     return torch.stack(scores)
 
 
@@ -1542,6 +1545,10 @@ def compare_text(table: list[dict], absent: list[str]) -> str:
         lines.append(f"  by each image's own mIoU ahead in {row['images won']}, behind "
                      f"in {row['images lost']} of {row['images']}; {at} of a boundary "
                      f"{row[f'difference {at}']:+.4f} [{low:+.4f}, {high:+.4f}]")
+    if any(not row[f"{what}low"] <= row[value] <= row[f"{what}high"] for row in table
+           for value, what in (("miou", ""), ("difference", "difference "))):
+        lines.append("An interval without the number that it is of: some class is in "
+                     "so few of these images that a bootstrap over them says little.")
     if absent:
         lines.append(f"No pixel is {', '.join(absent)}: for a run that has found it "
                      f"there, its IoU is 0, for the others it is left out.")
@@ -1675,9 +1682,13 @@ def compare_picture(table: list[dict], shown: list, guesses: list, info,
                     layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=heights)
     axes = upper.subplots(rows, columns, squeeze=False)
+    shared, names = short_names([row["method"] for row in table])
+    if shared:
+        figure.suptitle(shared, fontsize=9)
     titles = ["image", "truth"]
-    titles += [f"{row['method']}\n{row['miou']:.3f}" + (
-        f", mean of {row['n']} seeds" if row["n"] > 1 else "") for row in table]
+    titles += [f"{textwrap.fill(name, 30)}\n{row['miou']:.3f}" + (
+        f", mean of {row['n']} seeds" if row["n"] > 1 else "")
+        for name, row in zip(names, table)]
     for axis, title in zip(axes[0], titles):
         axis.set_title(title, fontsize=9)
     for i, ((index, image, labels), each) in enumerate(zip(shown, guesses)):
@@ -1696,7 +1707,7 @@ def compare_picture(table: list[dict], shown: list, guesses: list, info,
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
     forest, cost, key = lower.subplots(1, 3, width_ratios=(3, 3, 1.6))
-    draw_numbers(forest, cost, table)
+    draw_numbers(forest, cost, table, names)
     maps = [labels for _, _, labels in shown]
     maps += [ids for each in guesses for ids in each]
     occurring = torch.cat([ids.unique() for ids in maps])
@@ -1709,6 +1720,14 @@ def compare_picture(table: list[dict], shown: list, guesses: list, info,
                ncols=math.ceil(len(patches) / 12))
     key.axis("off")
     figure.savefig(path)
+
+
+def short_names(names: list[str]) -> tuple[str, list[str]]:
+    """The words that all names have, and each name without them: for a picture."""
+    words = [re.split(r" (?=\w+=)", name) for name in names]  # scale=[0.5, 2.0] is one
+    shared = [word for word in words[0] if all(word in other for other in words)]
+    short = [" ".join(word for word in own if word not in shared) for own in words]
+    return (" ".join(shared), short) if all(short) else ("", names)
 
 
 def where_they_differ(labels: Tensor, guesses: list[Tensor]) -> tuple[int, ...]:
@@ -1724,25 +1743,26 @@ def where_they_differ(labels: Tensor, guesses: list[Tensor]) -> tuple[int, ...]:
     return *divmod(int(density.argmax()), density.shape[1]), h, w
 
 
-def draw_numbers(forest, cost, table: list[dict]) -> None:
+def draw_numbers(forest, cost, table: list[dict], names: list[str]) -> None:
     """Left the differences to the first method with their intervals, right the cost."""
-    names = [row["method"] for row in table]
-    scores = [row["miou"] for row in table]
-    close = 0.05 * (max(scores) - min(scores))  # their names would overlap
     for y, row in enumerate(table):
         ends = [100 * row["difference low"], 100 * row["difference high"]]
         forest.plot(ends, [y, y], color="0.5", lw=3)
         forest.plot(100 * row["difference"], y, "o", color="black")
+    by_score = sorted(zip(table, names), key=lambda pair: pair[0]["miou"])
+    line = 0.08 * (by_score[-1][0]["miou"] - by_score[0][0]["miou"])
+    height = -math.inf
+    for row, name in by_score:
+        height = max(row["miou"], height + line)  # names would overlap
         cost.plot(row["gmacs"], row["miou"], "o", color="black")
-        below = any(abs(row["miou"] - score) < close for score in scores[:y])
-        cost.annotate(row["method"], (row["gmacs"], row["miou"]), fontsize=8,
-                      xytext=(4, -11 if below else 4), textcoords="offset points")
+        cost.text(row["gmacs"], height, f"  {name}", va="center", fontsize=8)
     forest.axvline(0, color="0.7", lw=1)
-    forest.set_yticks(range(len(names)), names, fontsize=8)
+    forest.set_yticks(range(len(names)), [textwrap.fill(name, 30) for name in names],
+                      fontsize=8)
     forest.invert_yaxis()
     forest.margins(y=0.15)
-    forest.set_xlabel(f"points of mIoU beyond {names[0]},\n95 % interval over images",
-                      fontsize=9)
+    forest.set_xlabel(textwrap.fill(f"points of mIoU beyond {names[0]},", 60) +
+                      "\n95 % interval over images", fontsize=9)
     cost.margins(y=0.15)
     cost.set(ylabel="mIoU", xlim=(0, 2 * max(row["gmacs"] for row in table)))
     cost.set_xlabel("GMACs of a training crop", fontsize=9)

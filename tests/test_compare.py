@@ -72,6 +72,31 @@ def test_one_stray_pixel_does_not_move_an_interval():
     assert -0.01 < low <= high <= 0
 
 
+def test_an_interval_is_of_the_number_beside_it():
+    """Class 2 is in no image, and run b finds it in each: an IoU of 0, as in its mIoU.
+
+    Without it the interval of b would be of a mean over other classes, around 0.75.
+    """
+    counts = torch.zeros(2, 20, 3, 3)
+    counts[:, :, 0, 0] = counts[:, :, 1, 1] = 100
+    counts[1, :, 1] = torch.tensor([0, 50, 50])
+    drawn = evaluate.bootstrap(counts)
+    assert evaluate.mious(counts.sum(1)).tolist() == [1, 0.5]
+    assert evaluate.interval(drawn[0]) == (1, 1)
+    assert evaluate.interval(drawn[1]) == (0.5, 0.5), "of the classes that are there"
+
+
+def test_an_interval_that_misses_its_number_is_said():
+    """A percentile bootstrap of eight images, in one of which a class is."""
+    row = {"method": "a", "n": 1, "miou": 0.5, "low": 0.4, "high": 0.6,
+           "seeds": math.nan, "miou within 3 px": 0.3, "difference": 0.0,
+           "difference low": 0.0, "difference high": 0.0}
+    assert "says little" not in evaluate.compare_text([row], [])
+    assert "says little" in evaluate.compare_text([row | {"low": 0.51}], [])
+    apart = row | {"difference": -0.04, "difference low": -0.03}
+    assert "says little" in evaluate.compare_text([apart], [])
+
+
 def test_neighbouring_frames_are_drawn_together(counts):
     """Images 2, 3, 4, then 5, 6, 0 and one more: stretches that go round a circle."""
     drawn = evaluate.bootstrap(counts, block=3, draws=150)
@@ -279,6 +304,22 @@ def test_a_width_that_only_one_run_states_tells_them_apart():
     narrow = {"name": "nrd", "dataset": "ade20k", "facts": {"method": "nrd"}}
     other = narrow | {"facts": {"method": "nrd", "channels": "64"}}
     assert evaluate.distinguished([[narrow], [other]]) == ["nrd", "nrd channels=64"]
+
+
+def test_pictures_leave_out_what_all_names_have():
+    """Of a recipe tried in three ways only what was changed stands over each column.
+
+    A value with a space in it stays whole, and methods keep their names.
+    """
+    names = [f"nrd init=mlp scale=[{scale}, 2.0] power={power}"
+             for scale, power in ((0.5, 0.9), (1.0, 0.9), (0.5, 0.0))]
+    assert evaluate.short_names(names) == ("nrd init=mlp", [
+        "scale=[0.5, 2.0] power=0.9", "scale=[1.0, 2.0] power=0.9",
+        "scale=[0.5, 2.0] power=0.0"])
+    names = ["nrd init=mlp", "sfnet"]
+    assert evaluate.short_names(names) == ("", names)
+    for names in (["nrd"], ["nrd", "nrd lr=0.1"]):
+        assert evaluate.short_names(names) == ("", names), "a column without a name"
 
 
 def test_data_may_have_been_moved(two, tmp_path, capsys):
