@@ -375,6 +375,30 @@ def test_learning_rates_are_those_of_the_table():
     assert fast["miou"] - usual["miou"] < asked_by_seeds(fast, usual)
 
 
+def test_augmentations_are_those_of_the_table():
+    """A row of each, none ahead of our recipe, and the one that two seeds tell from it.
+    """
+    ours, *others = rows = compared("augmentation")
+    for row in rows:
+        cells = over_seeds(row).partition(" | ")[2]  # all are nrd:bilinear
+        assert f" | {cells} |" in RESULTS, cells
+    assert max(rows, key=lambda row: row["miou"]) is ours
+    colours, still, wide, held = others
+    told = [row for row in others
+            if -row["difference"] > asked_by_seeds(row, ours)]
+    assert told == [wide]
+    text = " ".join(RESULTS.split())
+    for row, said in ((wide, "{:.1f} points behind, where {:.1f} are asked"),
+                      (held, "is behind by {:.1f}, where {:.1f} are asked")):
+        assert said.format(-100 * row["difference"],
+                           100 * asked_by_seeds(row, ours)) in text
+    apart = {f"{100 * row['seeds'] * 2 ** 0.5:.1f}" for row in (held, still)}
+    assert apart == {"2.1"} and "two seeds are 2.1 points apart, as are those" in text
+    at_boundary = "difference within 3 px"
+    assert (f"ahead by {100 * colours[at_boundary]:.1f} points, 95 % interval over "
+            f"images {between(colours, at_boundary)}.)") in text
+
+
 def test_upper_bounds_are_those_of_the_tables():
     """What could be drawn from the labels: on CamVid one seed of each, on streets two.
 
