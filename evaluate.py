@@ -1686,9 +1686,10 @@ def compare_picture(table: list[dict], shown: list, guesses: list, info,
     if shared:
         figure.suptitle(shared, fontsize=9)
     titles = ["image", "truth"]
-    titles += [f"{textwrap.fill(name, 30)}\n{row['miou']:.3f}" + (
-        f", mean of {row['n']} seeds" if row["n"] > 1 else "")
-        for name, row in zip(names, table)]
+    for name, row in zip(names, table):
+        seeds = f", mean of {row['n']} seeds" if row["n"] > 1 else ""
+        titles.append(textwrap.fill(name, 30, break_on_hyphens=False)
+                      + f"\n{row['miou']:.3f}{seeds}")
     for axis, title in zip(axes[0], titles):
         axis.set_title(title, fontsize=9)
     for i, ((index, image, labels), each) in enumerate(zip(shown, guesses)):
@@ -1757,8 +1758,8 @@ def draw_numbers(forest, cost, table: list[dict], names: list[str]) -> None:
         cost.plot(row["gmacs"], row["miou"], "o", color="black")
         cost.text(row["gmacs"], height, f"  {name}", va="center", fontsize=8)
     forest.axvline(0, color="0.7", lw=1)
-    forest.set_yticks(range(len(names)), [textwrap.fill(name, 30) for name in names],
-                      fontsize=8)
+    forest.set_yticks(range(len(names)), [
+        textwrap.fill(name, 45, break_on_hyphens=False) for name in names], fontsize=8)
     forest.invert_yaxis()
     forest.margins(y=0.15)
     forest.set_xlabel(textwrap.fill(f"points of mIoU beyond {names[0]},", 60) +
