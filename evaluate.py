@@ -1677,8 +1677,9 @@ def compare_picture(table: list[dict], shown: list, guesses: list, info,
     from matplotlib.patches import Patch, Rectangle
     columns, rows = 2 + len(table), 2 * len(shown)
     H, W = shown[0][2].shape
-    heights = 2.4 * rows * H / W + 0.4, max(2.8, 0.4 * len(table) + 1)
-    figure = Figure(figsize=(2.4 * columns, sum(heights)), dpi=100,
+    side = max(2.4, 12 / columns)  # inches of an image: the numbers need some, too
+    heights = side * rows * H / W + 0.4, max(2.8, 0.4 * len(table) + 1)
+    figure = Figure(figsize=(side * columns, sum(heights)), dpi=100,
                     layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=heights)
     axes = upper.subplots(rows, columns, squeeze=False)
@@ -1717,7 +1718,7 @@ def compare_picture(table: list[dict], shown: list, guesses: list, info,
     if (occurring == IGNORE_INDEX).any():
         colour = np.array(data.ignored_colour(info.palette)) / 255
         patches.append(Patch(color=colour, label="ignored"))
-    key.legend(handles=patches, loc="center", frameon=False, fontsize=8,
+    key.legend(handles=patches, loc="center right", frameon=False, fontsize=8,
                ncols=math.ceil(len(patches) / 12))
     key.axis("off")
     figure.savefig(path)
@@ -1762,7 +1763,7 @@ def draw_numbers(forest, cost, table: list[dict], names: list[str]) -> None:
         textwrap.fill(name, 45, break_on_hyphens=False) for name in names], fontsize=8)
     forest.invert_yaxis()
     forest.margins(y=0.15)
-    forest.set_xlabel(textwrap.fill(f"points of mIoU beyond {names[0]},", 60) +
+    forest.set_xlabel(textwrap.fill(f"points of mIoU beyond {names[0]},", 45) +
                       "\n95 % interval over images", fontsize=9)
     cost.margins(y=0.15)
     cost.set(ylabel="mIoU", xlim=(0, 2 * max(row["gmacs"] for row in table)))
