@@ -1545,8 +1545,9 @@ def compare_text(table: list[dict], absent: list[str]) -> str:
         lines.append(f"  by each image's own mIoU ahead in {row['images won']}, behind "
                      f"in {row['images lost']} of {row['images']}; {at} of a boundary "
                      f"{row[f'difference {at}']:+.4f} [{low:+.4f}, {high:+.4f}]")
-    if any(not row[f"{what}low"] <= row[value] <= row[f"{what}high"] for row in table
-           for value, what in (("miou", ""), ("difference", "difference "))):
+    within = [row["low"] <= row["miou"] <= row["high"] and row["difference low"]
+              <= row["difference"] <= row["difference high"] for row in table]
+    if not all(within):
         lines.append("An interval without the number that it is of: some class is in "
                      "so few of these images that a bootstrap over them says little.")
     if absent:
@@ -1677,7 +1678,7 @@ def compare_picture(table: list[dict], shown: list, guesses: list, info,
     from matplotlib.patches import Patch, Rectangle
     columns, rows = 2 + len(table), 2 * len(shown)
     H, W = shown[0][2].shape
-    side = max(2.4, 12 / columns)  # inches of an image: the numbers need some, too
+    side = max(2.4, 12 / columns)  # inches; the numbers below need 12 in all
     heights = side * rows * H / W + 0.4, max(2.8, 0.4 * len(table) + 1)
     figure = Figure(figsize=(side * columns, sum(heights)), dpi=100,
                     layout="constrained")
@@ -1725,8 +1726,12 @@ def compare_picture(table: list[dict], shown: list, guesses: list, info,
 
 
 def short_names(names: list[str]) -> tuple[str, list[str]]:
-    """The words that all names have, and each name without them: for a picture."""
-    words = [re.split(r" (?=\w+=)", name) for name in names]  # scale=[0.5, 2.0] is one
+    """The words that all names have, and each name without them: for a picture.
+
+    If a name has no other words, all names stay whole.
+    """
+    # A word begins with `name=`, so that "scale=[0.5, 2.0]" is one.
+    words = [re.split(r" (?=\w+=)", name) for name in names]
     shared = [word for word in words[0] if all(word in other for other in words)]
     short = [" ".join(word for word in own if word not in shared) for own in words]
     return (" ".join(shared), short) if all(short) else ("", names)
@@ -1752,10 +1757,11 @@ def draw_numbers(forest, cost, table: list[dict], names: list[str]) -> None:
         forest.plot(ends, [y, y], color="0.5", lw=3)
         forest.plot(100 * row["difference"], y, "o", color="black")
     by_score = sorted(zip(table, names), key=lambda pair: pair[0]["miou"])
+    # What a line of text takes of the axis: of two names, the upper one makes room.
     line = 0.08 * (by_score[-1][0]["miou"] - by_score[0][0]["miou"])
     height = -math.inf
     for row, name in by_score:
-        height = max(row["miou"], height + line)  # names would overlap
+        height = max(row["miou"], height + line)
         cost.plot(row["gmacs"], row["miou"], "o", color="black")
         cost.text(row["gmacs"], height, f"  {name}", va="center", fontsize=8)
     forest.axvline(0, color="0.7", lw=1)
